@@ -1,0 +1,1 @@
+"""The walks through time, installed as ``fastrnn.kernels``."""
