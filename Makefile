@@ -1,0 +1,65 @@
+# Every target makes the environment that it needs, once: `make help` lists them.
+# PYTHON names the interpreter to make it with, VENV the folder to make it in.
+PYTHON ?= python3
+VENV   ?= .venv
+
+# A small build for CPUs in most places; the tests that compare with PyTorch run where it is installed.
+FRAMEWORKS = torch==2.13.0
+
+BIN = $(VENV)/bin
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input
+
+.PHONY: help demo test test-all bench check clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.installed ## train a character-level language model on Python's own sources and let it write (about a minute)
+	@$(BIN)/python -m fastrnn demo
+
+test: $(VENV)/.test ## run the tests
+	@$(BIN)/python -m pytest tests benchmarks --benchmark-disable $(ARGS)
+
+test-all: $(VENV)/.test-all ## run the tests with every optional package: PyTorch, safetensors
+	@$(BIN)/python -m pytest tests benchmarks --benchmark-disable -rs $(ARGS)
+
+bench: $(VENV)/.test ## time every cell on the grid of shapes against the NumPy reference (ARGS=--quick for a few shapes)
+	@$(BIN)/python -m pytest benchmarks $(ARGS)
+
+check: $(VENV)/.check ## lint, formatting and types
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/mypy
+
+clean: ## remove the environment and everything that was built
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find fastrnn kernels tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
+
+# One stamp for each set of packages: newer than pyproject.toml means that it is installed.
+$(VENV)/.made:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo 'fastrnn needs Python 3.10 or later. Name one: make PYTHON=python3.12 ...' >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip --version >/dev/null || \
+	  { echo '$(PYTHON) cannot make an environment with pip in $(VENV). On Debian and Ubuntu: apt install python3-venv.' >&2; exit 1; }
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.made pyproject.toml
+	@echo 'Installing fastrnn into $(VENV) (once)'
+	@$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.installed
+	@echo 'Installing what the tests need into $(VENV) (once)'
+	@$(PIP) --editable '.[test]'
+	@touch $@
+
+$(VENV)/.test-all: $(VENV)/.test
+	@echo 'Installing the optional packages into $(VENV) (once)'
+	@$(PIP) --editable '.[test,safetensors]' $(FRAMEWORKS)
+	@touch $@
+
+$(VENV)/.check: $(VENV)/.installed
+	@echo 'Installing the checkers into $(VENV) (once)'
+	@$(PIP) --editable '.[check]'
+	@touch $@
