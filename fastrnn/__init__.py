@@ -1,3 +1,96 @@
-"""Recurrent layers as fast as the machine allows, from one ``pip install`` and no compiler."""
+"""Recurrent layers as fast as the machine allows, from one ``pip install`` and no compiler.
+
+>>> import numpy as np
+>>> import fastrnn
+>>> lstm = fastrnn.LSTM(8, 16, seed=0)
+>>> x = np.zeros((20, 4, 8), np.float32)  # time, batch, input
+>>> output, (h, c) = lstm(x)
+>>> output.shape, h.shape, c.shape
+((20, 4, 16), (1, 4, 16), (1, 4, 16))
+
+Importing this module compiles nothing and imports NumPy only: the kernels are imported when they are first used.
+"""
+
+from collections.abc import Iterable
+
+from fastrnn import functional
+from fastrnn.layers import GRU, LSTM, RNN, load
 
 __version__ = "0.1.0"
+__all__ = ["GRU", "LSTM", "RNN", "functional", "get_num_threads", "load", "set_num_threads", "warmup"]
+
+
+def set_num_threads(number: int) -> None:
+    """Set how many threads a layer may use, in the whole process. The results have the same bits for any number.
+
+    At the start it is the environment variable FASTRNN_NUM_THREADS or, without it, the number of cores.
+
+    Parameters
+    ----------
+    number : int
+        1 or more.
+
+    Raises
+    ------
+    TypeError
+        If `number` is not an integer.
+    ValueError
+        If `number` is less than 1.
+
+    Examples
+    --------
+    >>> before = get_num_threads()
+    >>> set_num_threads(1)
+    >>> get_num_threads()
+    1
+    >>> set_num_threads(before)
+    """
+    number = functional.check_integer("number", number, 1)
+    from fastrnn.kernels import threads
+
+    threads.set_num_threads(number)
+
+
+def get_num_threads() -> int:
+    """Return how many threads a layer may use. See `set_num_threads`."""
+    from fastrnn.kernels import threads
+
+    return threads.get_num_threads()
+
+
+def warmup(
+    cells: Iterable[str] | None = None, dtypes: Iterable[str] = ("float32",), training: bool = True
+) -> dict[str, float]:
+    """Compile ahead, or load from the cache, what a first call would have to wait for.
+
+    Parameters
+    ----------
+    cells : iterable of str, optional
+        Of "rnn_tanh", "rnn_relu", "rnn_sigmoid", "lstm", "gru", "gru_reset_before"; all of them by default.
+    dtypes : iterable of str
+        Of "float32" and "float64".
+    training : bool
+        Whether to compile the backward pass too.
+
+    Returns
+    -------
+    dict
+        The seconds that each one took, by name.
+
+    Raises
+    ------
+    TypeError
+        If an argument is of the wrong kind.
+    ValueError
+        If there is no such cell or dtype.
+
+    Examples
+    --------
+    >>> seconds = warmup(["gru"], training=False)
+    """
+    cells = None if cells is None else [functional.check_cell(cell) for cell in functional.check_names("cells", cells)]
+    dtypes = tuple(functional.check_dtype(dtype).name for dtype in functional.check_names("dtypes", dtypes))
+    training = functional.check_flag("training", training)
+    from fastrnn.kernels import cpu
+
+    return cpu.warmup(cells, dtypes=dtypes, training=training)
