@@ -1,0 +1,309 @@
+"""The cells: the gate equations, forward and backward, each written once.
+
+A cell is the maths of hidden units for one time step: numbers in, numbers out, no loops and no arrays. The functions
+run as they stand on Python numbers, and compile to the CPU's vectors (:mod:`fastrnn.kernels.simd`) and to other targets.
+
+The sums that enter a gate, W_ih x + b_ih + W_hh h + b_hh, are made before the cell is called: a cell gets them as
+``gates``. Most cells are one :class:`Stage`: a product with the previous h, then the gates. Two need a second product
+within the step and are two stages.
+
+Forward, ``stage.forward(gates, state) -> results, saved``: `state` holds what the formula reads of the previous step,
+`saved` what its backward needs. Derivatives are written in terms of the activations, which are saved, so that
+sums are never needed again.
+
+Backward, ``stage.backward(dh, carried, saved, state) -> dgates, carried``: `dh` is the gradient of the stage's first
+result; `carried` is what reaches a state by itself and not through the gates (LSTM's c, GRU's z h).
+
+Names: i, f, g, o are LSTM's input, forget, candidate and output gates; r, z, n GRU's reset, update and candidate gates, m
+its recurrent candidate W_hn h + b_hn; d + name is a gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+from numba.extending import register_jitable
+
+# ---- activations and their derivatives. Each target may bring its own sigmoid, tanh and relu.
+
+
+def sigmoid(x):
+    """1 / (1 + exp(-x)), without overflow."""
+    e = math.exp(-abs(x))
+    return (e if x < 0 else 1.0) / (1.0 + e)
+
+
+def tanh(x):
+    """(exp(x) - exp(-x)) / (exp(x) + exp(-x))."""
+    return math.tanh(x)
+
+
+def relu(x):
+    """max(x, 0)."""
+    return 0.0 if x < 0 else x
+
+
+@register_jitable
+def d_sigmoid(y):
+    """Derivative of the sigmoid, from its value y."""
+    return y - y * y
+
+
+@register_jitable
+def d_tanh(y):
+    """Derivative of tanh, from its value y."""
+    return 1 - y * y
+
+
+def d_relu(y, dy):
+    """dy where relu's value y is above 0, else 0."""
+    return dy if y > 0 else 0.0
+
+
+# ---- simple recurrent net (Elman 1990): h' = activation(a)
+
+
+@register_jitable
+def rnn_tanh(gates, state):
+    """h' = tanh(a)."""
+    h = tanh(gates[0])
+    return (h,), (h,)
+
+
+@register_jitable
+def rnn_tanh_backward(dh, carried, saved, state):
+    return (dh * d_tanh(saved[0]),), ()
+
+
+@register_jitable
+def rnn_relu(gates, state):
+    """h' = max(a, 0)."""
+    h = relu(gates[0])
+    return (h,), (h,)
+
+
+@register_jitable
+def rnn_relu_backward(dh, carried, saved, state):
+    return (d_relu(saved[0], dh),), ()
+
+
+@register_jitable
+def rnn_sigmoid(gates, state):
+    """h' = 1 / (1 + exp(-a))."""
+    h = sigmoid(gates[0])
+    return (h,), (h,)
+
+
+@register_jitable
+def rnn_sigmoid_backward(dh, carried, saved, state):
+    return (dh * d_sigmoid(saved[0]),), ()
+
+
+# ---- long short-term memory (Hochreiter and Schmidhuber 1997; forget gate: Gers, Schmidhuber and Cummins 2000)
+
+
+@register_jitable
+def lstm(gates, state):
+    """c' = sigmoid(f) c + sigmoid(i) tanh(g);  h' = sigmoid(o) tanh(c')."""
+    i, f, g, o = gates
+    (c,) = state
+    i, f, g, o = sigmoid(i), sigmoid(f), tanh(g), sigmoid(o)
+    c = f * c + i * g
+    return (o * tanh(c), c), (i, f, g, o, c)
+
+
+@register_jitable
+def lstm_backward(dh, carried, saved, state):
+    i, f, g, o, c = saved
+    (c_previous,) = state
+    (dc,) = carried
+    tanh_c = tanh(c)
+    dc = dc + dh * o * d_tanh(tanh_c)
+    di = dc * g * d_sigmoid(i)
+    df = dc * c_previous * d_sigmoid(f)
+    dg = dc * i * d_tanh(g)
+    do = dh * tanh_c * d_sigmoid(o)
+    return (di, df, dg, do), (dc * f,)
+
+
+# With a projection (Sak, Senior and Beaufays 2014) what LSTM calls h is the input of a second product: h' = W_hr h.
+
+
+@register_jitable
+def lstm_before_projection(gates, state):
+    results, saved = lstm(gates, state)
+    return results, saved + (results[0],)
+
+
+@register_jitable
+def lstm_before_projection_backward(dh, carried, saved, state):
+    i, f, g, o, c, _ = saved
+    return lstm_backward(dh, carried, (i, f, g, o, c), state)
+
+
+@register_jitable
+def projection(gates, state):
+    """h' = a."""
+    return (gates[0],), ()
+
+
+@register_jitable
+def projection_backward(dh, carried, saved, state):
+    return (dh,), ()
+
+
+# ---- gated recurrent unit, reset after the product: arXiv 1406.1078v1, and what cuDNN and PyTorch compute
+
+
+@register_jitable
+def gru(gates, state):
+    """n' = tanh(n + sigmoid(r) m);  h' = (1 - z) n' + z h, with z = sigmoid(z)."""
+    n, r, z, m = gates
+    (h,) = state
+    r, z = sigmoid(r), sigmoid(z)
+    n = tanh(n + r * m)
+    return (n + z * (h - n),), (n, r, z, m)
+
+
+@register_jitable
+def gru_backward(dh, carried, saved, state):
+    n, r, z, m = saved
+    (h,) = state
+    dh = dh + carried[0]
+    dn = (dh - dh * z) * d_tanh(n)
+    dz = dh * (h - n) * d_sigmoid(z)
+    dr = dn * m * d_sigmoid(r)
+    return (dn, dr, dz, dn * r), (dh * z,)
+
+
+# ---- gated recurrent unit, reset before the product: arXiv 1406.1078v3, ONNX's default, Keras' reset_after=False
+
+
+@register_jitable
+def gru_reset(gates, state):
+    """First stage: r = sigmoid(r), z = sigmoid(z); r h goes into the candidate's product."""
+    r, z = gates
+    (h,) = state
+    r, z = sigmoid(r), sigmoid(z)
+    return (r * h, z), (r, z, r * h)
+
+
+@register_jitable
+def gru_update(gates, state):
+    """Second stage: n = tanh(n);  h' = (1 - z) n + z h."""
+    n = tanh(gates[0])
+    h, z = state
+    return (n + z * (h - n),), (n,)
+
+
+@register_jitable
+def gru_update_backward(dh, carried, saved, state):
+    _, z, _, n = saved
+    (h,) = state
+    dh = dh + carried[0]
+    dz = dh * (h - n) * d_sigmoid(z)
+    dn = (dh - dh * z) * d_tanh(n)
+    return (dz, dn), (dh * z,)
+
+
+@register_jitable
+def gru_reset_backward(drh, carried, saved, state):
+    r, _, _, _ = saved
+    (h,) = state
+    return (drh * h * d_sigmoid(r),), (carried[0] + drh * r,)
+
+
+# ---- the table of cells
+
+
+class Stage(NamedTuple):
+    """One product and the gates that follow it.
+
+    States are numbered h = 0, c = 1, then the values that one stage hands to the next. The gates' sums stand in `gates` slots;
+    those from x fill the first ones, those from h the last ones: GRU's n and m, which may not be added, are the
+    first slot and the last.
+    """
+
+    name: str
+    forward: Callable
+    backward: Callable
+    gates: int  # slots of sums that `forward` takes
+    x_blocks: tuple[int, ...]  # blocks of weight_ih (in PyTorch's order) whose products fill the first slots
+    h_blocks: tuple[int, ...]  # blocks of weight_hh (or weight_hr) whose products fill, or add to, the last slots
+    operand: int  # the state that is multiplied: h of the previous step, or a value of the stage before
+    reads: tuple[int, ...]  # states of the previous step that `forward` takes
+    reads_now: tuple[int, ...]  # values of this step's earlier stage that `forward` takes after them
+    results: tuple[int, ...]  # the states that `forward` returns
+    saves: tuple[int, ...]  # places in the tape of what `forward` saves
+    saved: tuple[int, ...]  # places in the tape of what `backward` takes
+    state: tuple[int, ...]  # states of the previous step that `backward` takes
+    carried: tuple[int, ...]  # states with a gradient that goes back by itself
+    dgates: tuple[int, ...]  # slots of the gate gradients that `backward` returns
+
+
+class Cell(NamedTuple):
+    """A recurrent cell: its stages and the sizes that follow from them."""
+
+    name: str
+    stages: tuple[Stage, ...]
+    states: int  # 1: h; 2: h and c
+    values: int  # states and values handed between stages
+    gates: int  # gate blocks of weight_ih
+    slots: int  # slots of gate gradients
+    tape: int  # numbers saved for each unit and step
+
+
+def _rnn(name, forward, backward):
+    stage = Stage(name, forward, backward, 1, (0,), (0,), 0, (), (), (0,), (0,), (0,), (), (), (0,))
+    return Cell(name, (stage,), states=1, values=1, gates=1, slots=1, tape=1)
+
+
+_IFGO = (0, 1, 2, 3)
+
+LSTM = Cell(
+    "lstm",
+    (Stage("lstm", lstm, lstm_backward, 4, _IFGO, _IFGO, 0, (1,), (), (0, 1), (0, 1, 2, 3, 4), (0, 1, 2, 3, 4), (1,), (1,), _IFGO),),
+    states=2, values=2, gates=4, slots=4, tape=5,
+)  # fmt: skip
+
+LSTM_PROJECTED = Cell(
+    "lstm_projected",
+    (
+        Stage("lstm_before_projection", lstm_before_projection, lstm_before_projection_backward, 4, _IFGO, _IFGO,
+              0, (1,), (), (2, 1), (0, 1, 2, 3, 4, 5), (0, 1, 2, 3, 4, 5), (1,), (1,), _IFGO),
+        Stage("projection", projection, projection_backward, 1, (), (0,), 2, (), (), (0,), (), (), (), (), (0,)),
+    ),
+    states=2, values=3, gates=4, slots=4, tape=6,
+)  # fmt: skip
+
+GRU = Cell(
+    "gru",
+    (Stage("gru", gru, gru_backward, 4, (2, 0, 1), (0, 1, 2), 0, (0,), (), (0,), (0, 1, 2, 3), (0, 1, 2, 3), (0,), (0,), (0, 1, 2, 3)),),
+    states=1, values=1, gates=3, slots=4, tape=4,
+)  # fmt: skip
+
+GRU_RESET_BEFORE = Cell(
+    "gru_reset_before",
+    (
+        Stage("gru_reset", gru_reset, gru_reset_backward, 2, (0, 1), (0, 1), 0, (0,), (), (1, 2),
+              (0, 1, 2), (0, 1, 2, 3), (0,), (0,), (0,)),
+        Stage("gru_update", gru_update, gru_update_backward, 1, (2,), (2,), 1, (0,), (2,), (0,),
+              (3,), (0, 1, 2, 3), (0,), (0,), (1, 2)),
+    ),
+    states=1, values=3, gates=3, slots=3, tape=4,
+)  # fmt: skip
+
+CELLS = {
+    cell.name: cell
+    for cell in (
+        _rnn("rnn_tanh", rnn_tanh, rnn_tanh_backward),
+        _rnn("rnn_relu", rnn_relu, rnn_relu_backward),
+        _rnn("rnn_sigmoid", rnn_sigmoid, rnn_sigmoid_backward),
+        LSTM,
+        LSTM_PROJECTED,
+        GRU,
+        GRU_RESET_BEFORE,
+    )
+}

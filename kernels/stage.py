@@ -1,0 +1,118 @@
+"""A cell's stage as an argument of a CPU kernel.
+
+A kernel is one function for all cells. It takes :class:`fastrnn.kernels.cells.Stage` objects as arguments, whose Numba
+type carries everything about them: each cell gets its own compiled kernel, in which ``stage.gates`` is a constant and
+``stage.forward(...)`` the cell's formula, inlined.
+
+The type's name also holds a checksum of the sources that a kernel is made of. Numba's cache looks at the types of a kernel's
+arguments and at the file that the kernel stands in, but not at the files that this one uses: the checksum does.
+"""
+
+from __future__ import annotations
+
+import zlib
+from pathlib import Path
+
+from numba.core import types
+from numba.extending import (
+    NativeValue, models, overload_attribute, overload_method, register_model, typeof_impl, unbox,
+)  # fmt: skip
+
+from fastrnn.kernels.cells import CELLS, Stage
+from fastrnn.kernels.product import VECTORS
+
+SOURCES = ("cells", "simd", "product", "stage", "cpu")
+
+
+def _checksum() -> str:
+    folder = Path(__file__).parent
+    return f"{zlib.crc32(b''.join((folder / f'{name}.py').read_bytes() for name in SOURCES)):08x}"
+
+
+CHECKSUM = _checksum()
+STAGES = {stage.name: stage for cell in CELLS.values() for stage in cell.stages}
+
+
+class StageType(types.Type):
+    def __init__(self, stage_name):
+        self.stage_name = stage_name
+        super().__init__(name=f"Stage({stage_name}, {CHECKSUM})")
+
+
+class SourceType(types.Type):
+    """Of an argument that says no more than which sources a kernel was compiled from."""
+
+    def __init__(self):
+        super().__init__(name=f"Source({CHECKSUM})")
+
+
+class Source:
+    """Handed to kernels that take no stage, so that they too are compiled anew when a source changes."""
+
+
+SOURCE = Source()
+
+register_model(StageType)(models.OpaqueModel)
+register_model(SourceType)(models.OpaqueModel)
+
+
+@typeof_impl.register(Stage)
+def _typeof_stage(stage, c):
+    return StageType(stage.name)
+
+
+@typeof_impl.register(Source)
+def _typeof_source(source, c):
+    return SourceType()
+
+
+@unbox(StageType)
+@unbox(SourceType)
+def _unbox(typ, obj, c):
+    return NativeValue(c.context.get_dummy_value())
+
+
+def units(stage: Stage) -> int:
+    """Vectors of hidden units in a panel: few gates leave room for several."""
+    return max(1, VECTORS // len(stage.h_blocks))
+
+
+def _constants(stage: Stage) -> dict:
+    """What a kernel may ask of a stage besides its own fields, as tuples whose length is known to the compiler."""
+    width = units(stage)
+    return {
+        **stage._asdict(),
+        "units": width,
+        "slots": tuple(range(stage.gates)),
+        "x_columns": tuple(range(len(stage.x_blocks or stage.h_blocks) * width)),
+        "h_columns": tuple(range(len(stage.h_blocks) * width)),
+        "carried_places": tuple(2 for _ in stage.carried),
+        "gives_h": 0 in stage.results,
+    }
+
+
+CONSTANTS = {name: _constants(stage) for name, stage in STAGES.items()}
+
+
+def _attribute(field):
+    @overload_attribute(StageType, field, inline="always")
+    def get(stage):
+        value = CONSTANTS[stage.stage_name][field]
+        return lambda stage: value
+
+
+for _field in next(iter(CONSTANTS.values())):
+    if _field not in ("name", "forward", "backward"):
+        _attribute(_field)
+
+
+@overload_method(StageType, "forward")
+def _forward(stage, gates, state):
+    function = STAGES[stage.stage_name].forward
+    return lambda stage, gates, state: function(gates, state)
+
+
+@overload_method(StageType, "backward")
+def _backward(stage, dh, carried, saved, state):
+    function = STAGES[stage.stage_name].backward
+    return lambda stage, dh, carried, saved, state: function(dh, carried, saved, state)
