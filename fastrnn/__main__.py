@@ -1,0 +1,120 @@
+"""``python -m fastrnn``: the demonstration, what this machine offers, and the cache of compiled kernels."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+from pathlib import Path
+
+
+def positive_integer(text: str) -> int:
+    """An argument that must be a whole number above zero."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"a whole number of 1 or more was expected, not {text!r}")
+    return int(text)
+
+
+def positive_number(text: str) -> float:
+    """An argument that must be a number above zero."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"a number above 0 was expected, not {text!r}")
+    return value
+
+
+def demo(options: argparse.Namespace) -> int:
+    """Run the demonstration."""
+    from fastrnn import demo
+
+    try:
+        return demo.run(options.epochs, options.hidden, options.seconds, options.text)
+    except (OSError, ValueError) as error:
+        print(f"python -m fastrnn demo: {error}", file=sys.stderr)
+        return 2
+
+
+def info(options: argparse.Namespace) -> int:
+    """Print versions, processor, threads, cache and GPU."""
+    from fastrnn import machine
+
+    for name, value in machine.describe().items():
+        print(f"{name:<14} {value}")
+    return 0
+
+
+def warmup(options: argparse.Namespace) -> int:
+    """Compile ahead and print how long it took."""
+    import fastrnn
+    from fastrnn.weights import CELLS
+
+    for cell in CELLS:  # one by one: each line comes when its kernels are there
+        for name, seconds in fastrnn.warmup([cell]).items():
+            print(f"{name:<24} {seconds:6.2f} s", flush=True)
+    return 0
+
+
+def clear_cache(options: argparse.Namespace) -> int:
+    """Remove the compiled kernels."""
+    from fastrnn import machine
+
+    files = machine.cache_files()
+    for file in files:
+        file.unlink(missing_ok=True)
+    print(f"Removed {len(files)} files of compiled kernels from {machine.cache_folder()}")
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line: one subcommand for each function above."""
+    whole = argparse.ArgumentParser(prog="python -m fastrnn", description="Recurrent layers for NumPy arrays.")
+    commands = whole.add_subparsers(required=True, metavar="command")
+
+    command = commands.add_parser("demo", help="train a character-level language model and let it write")
+    command.add_argument("--epochs", type=positive_integer, default=8, metavar="N", help="how often the text is read")
+    command.add_argument("--hidden", type=positive_integer, default=256, metavar="N", help="hidden units of the GRU")
+    command.add_argument(
+        "--seconds", type=positive_number, default=60.0, metavar="S", help="longest time for the training"
+    )
+    command.add_argument("--text", type=Path, metavar="FILE", help="learn from this file, not Python's own sources")
+    command.set_defaults(run=demo)
+
+    for name, function, text in (
+        ("info", info, "versions, processor, threads, cache and GPU"),
+        ("warmup", warmup, "compile every kernel ahead"),
+        ("clear-cache", clear_cache, "remove the compiled kernels"),
+    ):
+        commands.add_parser(name, help=text).set_defaults(run=function)
+    return whole
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; the exit status is returned."""
+    options = parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+
+
+def start_anew_with_resting_blas() -> None:
+    """Start this command anew with BLAS threads that sleep soon after a product, where nothing says how long they wait.
+
+    NumPy's OpenBLAS keeps them spinning for 20 ms, on the cores that the layer then works on: a training step of the
+    demonstration takes 25 ms so, and 16 ms without (2 cores of an AMD EPYC of the Zen 5 generation). OpenBLAS reads the
+    variable once, when NumPy is loaded. The value is the logarithm of a number of clock cycles.
+    """
+    if os.name == "posix" and "OPENBLAS_THREAD_TIMEOUT" not in os.environ:
+        os.environ["OPENBLAS_THREAD_TIMEOUT"] = "16"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["demo"]:
+        start_anew_with_resting_blas()
+    sys.exit(main())

@@ -1,0 +1,107 @@
+"""What this machine and this installation offer, and where the compiled kernels are."""
+
+from __future__ import annotations
+
+import os
+import platform
+import warnings
+from importlib import metadata
+from pathlib import Path
+
+#: Features that decide how fast a kernel is, of the hundred that a processor names.
+FEATURES = ("avx512f", "avx2", "fma", "avx", "sse4.2", "sse2", "sve", "neon")
+
+
+def describe() -> dict[str, str]:
+    """Versions, processor, threads, cache and GPU, each as a line of text.
+
+    Examples
+    --------
+    >>> "numba" in describe()
+    True
+    """
+    return {**versions(), **processor(), "threads": threads(), "cache": cache(), "GPU": gpu()}
+
+
+def versions() -> dict[str, str]:
+    """Versions of fastrnn, of Python and of what it stands on."""
+    import fastrnn
+
+    packages = {name: metadata.version(name) for name in ("numpy", "numba", "llvmlite")}
+    python = f"{platform.python_implementation()} {platform.python_version()}, {platform.system()} {platform.machine()}"
+    return {"fastrnn": fastrnn.__version__, "python": python, **packages}
+
+
+def processor() -> dict[str, str]:
+    """The processor, those of its features that matter, and the vectors that kernels are compiled with."""
+    from llvmlite import binding
+
+    from fastrnn.kernels import cpu
+
+    here = cpu.describe()
+    offered = binding.get_host_cpu_features()
+    fused = "with" if here["fused_multiply_add"] else "without"
+    return {
+        "processor": f"{_processor_name()} ({binding.get_host_cpu_name()})",
+        "features": " ".join(name for name in FEATURES if offered.get(name)),
+        "vectors": f"{here['vector_bits']} bits, {here['registers']} registers, {fused} fused multiply-add, "
+        f"compiled for {here['cpu']}",
+    }
+
+
+def _processor_name() -> str:
+    """The name that the maker gave it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:  # not Linux
+        pass
+    return platform.processor() or platform.machine()
+
+
+def threads() -> str:
+    """Threads in use, and why so many."""
+    import fastrnn
+
+    set_by = os.environ.get("FASTRNN_NUM_THREADS")
+    why = f"FASTRNN_NUM_THREADS={set_by}" if set_by else "FASTRNN_NUM_THREADS is not set"
+    return f"{fastrnn.get_num_threads()} of {os.cpu_count()} processors ({why})"
+
+
+def cache_folder() -> Path:
+    """Where Numba keeps the compiled kernels."""
+    from fastrnn.kernels import cpu
+
+    return Path(cpu.describe()["cache"])
+
+
+def cache_files() -> list[Path]:
+    """The files of compiled kernels, and nothing else that Numba may have put beside them."""
+    from fastrnn import kernels
+
+    modules = [path.stem for folder in kernels.__path__ for path in Path(folder).glob("*.py")]
+    found = (cache_folder().glob(f"{module}.*.nb[ic]") for module in modules)  # indices and compiled code
+    return sorted(path for files in found for path in files)
+
+
+def cache() -> str:
+    """Folder, number and size of the compiled kernels."""
+    sizes = [path.stat().st_size for path in cache_files()]
+    return f"{cache_folder()}, {len(sizes)} files, {sum(sizes) / 1e6:.1f} MB"
+
+
+def gpu() -> str:
+    """The GPUs that Numba finds, or why it finds none; and that no kernel here uses one."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Numba's about its CUDA target
+        try:
+            from numba import cuda
+
+            if cuda.is_available():
+                names = [f"{gpu.name.decode()} (compute capability {gpu.compute_capability})" for gpu in cuda.gpus]
+                return f"{', '.join(names)}; not used: this version has no kernels for it"
+            reason = str(cuda.cuda_error() or "no device").strip().splitlines()[0].rstrip(".")
+        except Exception as error:  # whatever an installation of CUDA can do wrong
+            reason = f"{type(error).__name__}: {error}"
+    return f"none found ({reason}); this version has no kernels for one"

@@ -1,0 +1,188 @@
+"""The demonstration: gradients of what stands round the layer, a short training, and the command line."""
+
+import io
+import itertools
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from fastrnn import demo
+
+TEXT = "the cat sat on the mat and the rat sat on the cat; " * 1100
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    return demo.Corpus.from_text(TEXT)
+
+
+def small_model(corpus, seed=0, dtype=np.float32):
+    return demo.CharacterModel(
+        len(corpus.vocabulary), 24, embedding_size=8, seed=seed, dtype=dtype, backend="reference"
+    )
+
+
+def test_standard_library_text():
+    text = demo.standard_library_text()
+    assert len(text) == demo.LENGTH
+    assert "def __init__(self" in text
+    assert demo.standard_library_text(1000) == text[:1000]
+
+
+def test_missing_modules_are_left_out(monkeypatch):
+    whole = demo.standard_library_text(1000)
+    monkeypatch.setattr(demo, "MODULES", ["no_such_module", "sys", *demo.MODULES])  # sys is built in: no source
+    assert demo.standard_library_text(1000) == whole
+
+
+def test_a_text_that_is_too_short():
+    with pytest.raises(ValueError, match=r"the text has 5 characters; a model needs at least 50000"):
+        demo.Corpus.from_text("short")
+
+
+def test_windows_go_on_where_the_last_ended():
+    pairs = demo.windows(np.arange(1000), batch=4, steps=10)
+    assert len(pairs) == 24
+    for inputs, targets in pairs:
+        assert inputs.shape == targets.shape == (10, 4)
+        np.testing.assert_array_equal(targets, inputs + 1)
+    for (inputs, _), (following, _) in itertools.pairwise(pairs):
+        np.testing.assert_array_equal(following[0], inputs[-1] + 1)
+
+
+def test_cross_entropy_of_equal_ratings():
+    loss, d_logits = demo.cross_entropy(np.full((3, 4), 7.0), np.array([0, 1, 1]))
+    assert loss == pytest.approx(np.log(4))
+    np.testing.assert_allclose(d_logits[0], np.array([-0.75, 0.25, 0.25, 0.25]) / 3)
+
+
+@pytest.mark.parametrize("name", ["embedding", "weight", "bias", "weight_ih_l0", "weight_hh_l0", "bias_hh_l0"])
+def test_gradients_by_finite_differences(corpus, name):
+    model = small_model(corpus, dtype=np.float64)
+    inputs, targets = demo.windows(corpus.training, batch=3, steps=7)[5]
+    _, state = model.loss(inputs, targets)
+    _, gradients, _ = model.loss_and_gradients(inputs, targets, state)
+    assert gradients.keys() == model.parameters.keys()
+    parameter = model.parameters[name].reshape(-1)  # a view: changed in place
+    for i in np.random.default_rng(1).choice(parameter.size, min(parameter.size, 12), replace=False):
+        before, losses = parameter[i], []
+        for difference in (1e-5, -1e-5):
+            parameter[i] = before + difference
+            losses.append(model.loss(inputs, targets, state)[0])
+        parameter[i] = before
+        assert (losses[0] - losses[1]) / 2e-5 == pytest.approx(gradients[name].flat[i], rel=1e-5, abs=1e-9)
+
+
+def test_clip_by_global_norm():
+    gradients = {"a": np.array([3.0, 0.0]), "b": np.array([[4.0]])}
+    assert demo.clip_by_global_norm(gradients, 10.0) == 5.0
+    assert gradients["a"][0] == 3.0
+    assert demo.clip_by_global_norm(gradients, 1.0) == 5.0
+    np.testing.assert_allclose(gradients["a"], [0.6, 0.0])
+    np.testing.assert_allclose(gradients["b"], [[0.8]])
+
+
+def test_first_step_of_adam_is_the_learning_rate():
+    parameters = {"a": np.array([1.0, 1.0, 1.0])}
+    demo.Adam(parameters).update(parameters, {"a": np.array([2.0, -0.1, 0.0])}, 0.01)
+    np.testing.assert_allclose(parameters["a"], [0.99, 1.01, 1.0])
+
+
+def short_training(corpus, seed, seconds=60.0):
+    model, out = small_model(corpus, seed), io.StringIO()
+    reached = demo.train(model, corpus, 2, seconds, demo.Progress(out))
+    return model, reached, out.getvalue()
+
+
+def test_training_lowers_the_loss_and_is_reproducible(corpus):
+    first, reached, printed = short_training(corpus, seed=3)
+    assert reached.epochs == 2
+    assert reached.validation_loss < 0.5 * np.log(len(corpus.vocabulary))
+    assert printed.count("validation loss") == 2
+    assert "\r" not in printed
+    again, _, _ = short_training(corpus, seed=3)
+    other, _, _ = short_training(corpus, seed=4)
+    for name, parameter in first.parameters.items():
+        np.testing.assert_array_equal(parameter, again.parameters[name])
+    assert not np.array_equal(first.weight, other.weight)
+    prompt = np.array([corpus.vocabulary.index(character) for character in "the "])
+    written = list(first.write(prompt, 40, seed=1))
+    assert written == list(again.write(prompt, 40, seed=1))
+    assert len(written) == 40
+
+
+def test_training_stops_when_its_time_is_over(corpus):
+    _, reached, printed = short_training(corpus, seed=0, seconds=1e-9)
+    assert reached.epochs == 0
+    assert "1e-09 s are over in epoch 1" in printed
+
+
+def test_interrupted_training_tells_what_it_reached(corpus, monkeypatch):
+    steps = []
+
+    def step(*arguments):
+        steps.append(1)
+        if len(steps) == 5:
+            raise KeyboardInterrupt
+        return 1.0, None
+
+    monkeypatch.setattr(demo, "train_step", step)
+    _, reached, printed = short_training(corpus, seed=0)
+    assert reached.interrupted
+    assert reached.characters > 0
+    assert "interrupted in epoch 1" in printed
+
+
+def test_progress_on_a_terminal():
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    out = Terminal()
+    progress = demo.Progress(out)
+    progress.show(0.5, "loss 1.0")
+    progress.line("done")
+    bar, line = out.getvalue().split("\r\x1b[K")[1:]
+    assert bar == "  [############............] loss 1.0"
+    assert line == "done\n"
+
+
+def test_whole_demonstration(tmp_path, capsys):
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    assert demo.run(epochs=1, hidden=8, text=path) == 0
+    printed = capsys.readouterr().out
+    for part in ("perplexity", "characters/s", "With NumPy alone", "times as long"):
+        assert part in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["demo", "--epochs", "0"], "argument --epochs: a whole number of 1 or more was expected, not '0'"),
+        (["demo", "--hidden", "-3"], "argument --hidden: a whole number of 1 or more was expected, not '-3'"),
+        (["demo", "--hidden", "1.5"], "argument --hidden: a whole number of 1 or more was expected, not '1.5'"),
+        (["demo", "--seconds", "nan"], "argument --seconds: a number above 0 was expected, not 'nan'"),
+        (["demo", "--seconds", "soon"], "argument --seconds: a number above 0 was expected, not 'soon'"),
+        (["demo", "--text", "no/such/file"], "No such file or directory: 'no/such/file'"),
+        (["demo", "--text", __file__], "a model needs at least"),
+        (["dance"], "invalid choice: 'dance'"),
+        ([], "the following arguments are required: command"),
+    ],
+)
+def test_bad_options(arguments, message, capsys):
+    from fastrnn.__main__ import main
+
+    try:
+        status = main(arguments)
+    except SystemExit as stop:
+        status = stop.code
+    assert status == 2
+    assert message in capsys.readouterr().err
+
+
+def test_module_runs_as_a_command():
+    done = subprocess.run([sys.executable, "-m", "fastrnn", "--help"], capture_output=True, text=True, check=True)
+    assert "clear-cache" in done.stdout

@@ -1,0 +1,26 @@
+"""The examples in docstrings run and print what they say."""
+
+import doctest
+import importlib
+import pkgutil
+
+import pytest
+
+import fastrnn
+
+MODULES = [
+    module.name
+    for module in pkgutil.walk_packages(fastrnn.__path__, "fastrnn.")
+    if not module.name.endswith("__main__")
+]
+
+
+@pytest.mark.parametrize("name", ["fastrnn", *MODULES])
+def test_examples(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # for examples that write files
+    failed, _ = doctest.testmod(importlib.import_module(name))
+    assert failed == 0
+
+
+def test_kernels_are_among_the_modules():
+    assert {"fastrnn.layers", "fastrnn.kernels.cpu", "fastrnn.kernels.reference"} <= set(MODULES)

@@ -1,0 +1,53 @@
+"""`python -m fastrnn info`, `warmup` and `clear-cache`."""
+
+import pytest
+
+import fastrnn
+from fastrnn import machine
+from fastrnn.__main__ import main
+from fastrnn.weights import CELLS
+
+
+def test_info(capsys):
+    assert main(["info"]) == 0
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert lines["fastrnn"] == fastrnn.__version__
+    for name in ("python", "numpy", "numba", "llvmlite", "processor", "features", "vectors", "threads", "cache", "GPU"):
+        assert lines[name].strip()
+    assert "bits" in lines["vectors"]
+    assert lines["threads"].startswith(f"{fastrnn.get_num_threads()} of ")
+
+
+def test_gpu_says_why_there_is_none(monkeypatch):
+    cuda = pytest.importorskip("numba.cuda", reason="this Numba has no CUDA target")
+    monkeypatch.setattr(cuda, "is_available", lambda: False)
+    monkeypatch.setattr(cuda, "cuda_error", lambda: "\nThe driver is too old.\nMore.")
+    assert machine.gpu() == "none found (The driver is too old); this version has no kernels for one"
+
+
+def test_warmup(monkeypatch, capsys):
+    monkeypatch.setattr(fastrnn, "warmup", lambda cells: {f"{cell} float32": 1.5 for cell in cells})
+    assert main(["warmup"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines] == [[cell, "float32", "1.50", "s"] for cell in CELLS]
+
+
+def test_cache_files_are_those_that_a_warmup_leaves():
+    fastrnn.warmup(["rnn_tanh"], training=False)
+    kinds = {path.suffix for path in machine.cache_files()}
+    assert kinds == {".nbi", ".nbc"}
+    assert all(path.parent == machine.cache_folder() for path in machine.cache_files())
+
+
+def test_clear_cache_removes_compiled_kernels_and_nothing_else(monkeypatch, tmp_path, capsys):
+    ours = ["cpu._forward_rows-115.py311.nbi", "cpu._forward_rows-115.py311.1.nbc"]
+    others = ["cpu.cpython-311.pyc", "somebody.f-3.py311.nbi", "cpu.py", "notes.nbi"]
+    for name in ours + others:
+        (tmp_path / name).write_bytes(b"x")
+    monkeypatch.setattr(machine, "cache_folder", lambda: tmp_path)
+    assert machine.cache() == f"{tmp_path}, 2 files, 0.0 MB"
+    assert main(["clear-cache"]) == 0
+    assert capsys.readouterr().out == f"Removed 2 files of compiled kernels from {tmp_path}\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(others)
+    assert main(["clear-cache"]) == 0
+    assert "Removed 0 files" in capsys.readouterr().out
