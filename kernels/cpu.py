@@ -26,15 +26,18 @@ from numba.extending import register_jitable
 from fastrnn.kernels import threads
 from fastrnn.kernels.cells import CELLS, LSTM_PROJECTED, Cell
 from fastrnn.kernels.product import (
-    BLOCK, VECTORS, add_outer_products, clear, multiply, pack_columns, pack_gates, panels_together, rows_in_tile,
+    BLOCK, VECTORS, add_outer_products, clear, multiply, outer_work, pack_columns, pack_gates, panels_together,
+    rows_in_tile,
 )  # fmt: skip
 from fastrnn.kernels.simd import VECTOR_BITS, lanes, load, load_each, machine, store, store_each
 from fastrnn.kernels.stage import SOURCE, units
 
 ROWS = 48  # rows whose gate sums are under way at a time: they stay in the first-level cache
-SLICE_FLOPS = 4e8  # work between looks at Ctrl-C: 0.1 s where a thread does 4 GFLOP/s
-CHUNK_BYTES = 1 << 21  # gate gradients that are kept until the weight gradients are summed
+SLICE_FLOPS = 4e6 * VECTOR_BITS  # work between looks at Ctrl-C: a tenth of a second on a slow CPU with such vectors
+CHUNK_BYTES = 1 << 22  # gate gradients that are kept until the weight gradients are summed
 THREAD_FLOPS = 4e6  # work that is worth waking a thread for
+
+TILE_ROWS = rows_in_tile(VECTORS)
 
 _kernel = njit(cache=True, nogil=True, error_model="numpy")
 
@@ -309,13 +312,13 @@ def _input_block(d, places, rows, wx, p, k_count, g, dx, block, n):
 
 
 @_kernel
-def _weight_gradient(source, d, d0, d_row, m_count, b, places, rows, n_count, c, work, part, parts):
+def _weight_gradient(source, d, d0, d_row, m_count, b, places, rows, n_count, c, tile_places, work, part, parts):
     """Add D^T B to c [M, N] (is modified), for this part's rows of c."""
-    height = rows_in_tile_4()
+    height = TILE_ROWS
     tiles = (m_count + height - 1) // height
     m0, m1 = tiles * part // parts * height, min(m_count, tiles * (part + 1) // parts * height)
     if m1 > m0:
-        add_outer_products((0, 1, 2, 3), d, d0, d_row, m0, m1, b, places, rows, n_count, c, n_count, work)
+        add_outer_products((0, 1, 2, 3), d, d0, d_row, m0, m1, b, places, rows, n_count, c, tile_places, work)
 
 
 @_kernel
@@ -329,14 +332,6 @@ def _bias_gradient(source, d, d_row, rows, count, total, part, parts):
         for q in range(rows):
             sums = sums + load(d, q * d_row + v * width, n)
         store(total, v * width, load(total, v * width, n) + sums, n)
-
-
-_TILE = rows_in_tile(VECTORS)
-
-
-@register_jitable
-def rows_in_tile_4():
-    return _TILE
 
 
 # ---- what the layers call
@@ -431,21 +426,15 @@ def _pack_rows_of(weight, blocks, hidden, unit_vectors, width):
     """`weight`'s gate blocks for the forward product."""
     panels = -(-hidden // (unit_vectors * width))
     packed = _aligned(panels * weight.shape[1] * len(blocks) * unit_vectors * width, weight.dtype)
-    pack_gates(SOURCE, _readonly(weight), _blocks(blocks), hidden, unit_vectors, packed)
+    pack_gates(SOURCE, _flat(weight), weight.shape[1], _blocks(blocks), hidden, unit_vectors, packed)
     return packed
-
-
-def _readonly(array):
-    view = array.view()
-    view.flags.writeable = False
-    return view
 
 
 def _pack_columns_of(weight, blocks, block_rows, width):
     """`weight` for the product with gate gradients."""
     line = VECTORS * width
     packed = _aligned(-(-weight.shape[1] // line) * len(blocks) * block_rows * line, weight.dtype)
-    pack_columns(SOURCE, _readonly(weight), _blocks(blocks), block_rows, packed)
+    pack_columns(SOURCE, _flat(weight), weight.shape[1], _blocks(blocks), block_rows, packed)
     return packed
 
 
@@ -616,16 +605,15 @@ def backward(tape, d_output, d_state):
     flops = 2 * _flops(cell, size, total)
     chunks = _chunks(rows.active[::-1] if tape.reverse else rows.active, d_row * x.itemsize, flops / max(total, 1))
     most_rows = max((bases[-1] for _, _, bases in chunks), default=0)
-    d = _aligned(most_rows * d_row, dtype)
+    d = _aligned(most_rows * d_row + 2 * width, dtype)  # products read a vector behind the end
     previous = _aligned(cell.states * most_rows * size.ld, dtype)
     x_places = np.empty(most_rows, np.int64)
     parts = _parts(flops, size.batch)
     shares = [rows.share(p, parts) for p in range(parts)]
     g = [_aligned(ROWS * VECTORS * width, dtype) for _ in range(parts)]
     places = [np.empty(max(3 * size.batch, 2 * ROWS), np.int64) for _ in range(parts)]
-    tile = rows_in_tile(VECTORS)
-    work_size = (-(-(4 * hidden + size.h) // tile) * tile + VECTORS * width + tile) * BLOCK
-    work = [_aligned(work_size, dtype) for _ in range(parts)]
+    work = [_aligned(outer_work(VECTORS, width), dtype) for _ in range(parts)]
+    tile_places = np.arange(TILE_ROWS)
 
     for s0, s1, bases in reversed(chunks):
         count = int(bases[-1])
@@ -640,7 +628,7 @@ def backward(tape, d_output, d_state):
 
         def sum_up(p, parts, count=count):
             def add(d0, m_count, b, b_places, n_count, c):
-                _weight_gradient(SOURCE, d, d0, d_row, m_count, b, b_places, count, n_count, c.reshape(-1), work[p], p, parts)
+                _weight_gradient(SOURCE, d, d0, d_row, m_count, b, b_places, count, n_count, c.reshape(-1), tile_places, work[p], p, parts)
 
             add(0, len(wx_blocks) * hidden, x_flat, x_places, size.inputs, dw_ih)
             row_starts = np.arange(count) * size.ld

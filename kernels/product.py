@@ -1,7 +1,8 @@
 """Packed weights and the register-tiled product (CPU).
 
-A product adds A W to C for some rows. Each element of C is one sum, taken in the order of k, whatever tile it falls into:
-the same bits for any number of rows and threads.
+A product adds A W to C for some rows. Each element of C gets its terms in one order, in blocks of k that are summed by
+themselves and then added, whatever tile it falls into: the same bits for any number of rows and threads, and errors that
+grow with the length of a block rather than of the whole sum.
 
 Weights are packed as [panel][K][V][lanes]: a panel is V vectors of columns, and the loop over k reads it as one stream.
 A tile is some rows times one panel: its sums stay in registers over the whole loop. V is a property of the product's
@@ -10,17 +11,16 @@ type: kernels hand it over as a tuple of V integers (``columns``).
 
 from __future__ import annotations
 
-import numpy as np
 from llvmlite import ir
 from numba import njit
 from numba.core import types
 from numba.extending import intrinsic, register_jitable
 
 from fastrnn.kernels import simd
-from fastrnn.kernels.simd import INT64, REGISTERS, lanes, load, store
+from fastrnn.kernels.simd import INT32, INT64, REGISTERS, lanes, load, store
 
 VECTORS = 4  # vectors of columns in a panel of a plain product
-BLOCK = 128  # steps of k between visits of the next tile of rows: a panel's share stays in the first-level cache
+BLOCK = 128  # steps of k that are summed at a time: a panel's share of them stays in the first-level cache
 IN_FLIGHT = 8  # sums under way that hide the latency of a fused multiply-add
 
 
@@ -38,20 +38,18 @@ def _emit_tile(builder, vector, shape, a, w, c, k_count):
     """One tile: C += A W for `shape` = (rows, panels, vectors). a, w, c give pointers to their elements."""
     rows, panels, vectors = shape
     places = [(r, p, v) for r in range(rows) for p in range(panels) for v in range(vectors)]
-    start = [simd.load_vector(builder, vector, c(*place)) for place in places]
+    zero = simd.constant(vector, 0)
     before = builder.block
     loop, after = builder.append_basic_block("k"), builder.append_basic_block("k_end")
-    builder.cbranch(builder.icmp_signed(">", k_count, ir.Constant(INT64, 0)), loop, after)
+    builder.branch(loop)
 
     builder.position_at_end(loop)
     k = builder.phi(INT64)
-    sums = [builder.phi(vector.llvm) for _ in places]
     k.add_incoming(ir.Constant(INT64, 0), before)
-    for value, first in zip(sums, start, strict=True):
-        value.add_incoming(first, before)
-    weights = {
-        (p, v): simd.load_vector(builder, vector, w(k, p, v)) for p in range(panels) for v in range(vectors)
-    }
+    sums = [builder.phi(vector.llvm) for _ in places]
+    for value in sums:
+        value.add_incoming(zero, before)
+    weights = {(p, v): simd.load_vector(builder, vector, w(k, p, v)) for p in range(panels) for v in range(vectors)}
     elements = [simd.splat(builder, vector, builder.load(a(r, k))) for r in range(rows)]
     new = [
         simd.multiply_add(builder, vector, elements[r], weights[p, v], value)
@@ -64,17 +62,13 @@ def _emit_tile(builder, vector, shape, a, w, c, k_count):
     builder.cbranch(builder.icmp_signed("<", k_next, k_count), loop, after)
 
     builder.position_at_end(after)
-    totals = [builder.phi(vector.llvm) for _ in places]
-    for total, first, following in zip(totals, start, new, strict=True):
-        total.add_incoming(first, before)
-        total.add_incoming(following, loop)
-    for place, total in zip(places, totals, strict=True):
-        simd.store_vector(builder, vector, total, c(*place))
+    for place, total in zip(places, new, strict=True):
+        simd.store_vector(builder, vector, builder.fadd(simd.load_vector(builder, vector, c(*place)), total), c(*place))
 
 
 @intrinsic
 def multiply_tile(typingctx, columns, rows, panels, a, a0, places, place, step, w, w0, w_panel, k_count, c, c0, c_row, c_panel):
-    """C[r, p] += sum over k of A[r, k] W[p, k] for one tile of `rows` rows (1 to rows_in_tile) and `panels` panels.
+    """C[r, p] += sum over k of A[r, k] W[p, k] for one tile of `rows` rows (1 to rows_in_tile) and `panels` panels, k_count > 0.
 
     A[r, k] stands at a[a0 + places[place + r] + k * step], W[p, k] at w[w0 + p * w_panel + k * V * lanes], C[r, p] (V
     vectors, is modified) at c[c0 + r * c_row + p * c_panel]. `panels` is 1 or panels_together(rows, V).
@@ -136,15 +130,13 @@ def tile_rows(typingctx, columns):
 def multiply(columns, rows, panels, a, a0, places, place, w, w0, w_panel, k_count, c, c0, c_row, c_panel):
     """C[r, p] += A[r] W[p] for any number of rows. `panels` above 1 only where panels_together(rows, V) says so.
 
-    Rows are dealt to tiles of nearly equal height; many rows walk through k in blocks, so that a block of the panel is
-    read from the first-level cache by all but the first tile.
+    Rows are dealt to tiles of nearly equal height; all of them visit a block of k before the next one is begun, so
+    that all but the first find the panel's share in the first-level cache.
     """
     most = tile_rows(columns)
     tiles = (rows + most - 1) // most
-    block = k_count if tiles <= 1 else BLOCK
-    k = 0
-    while k < k_count:
-        count = min(block, k_count - k)
+    for k in range(0, k_count, BLOCK):
+        count = min(BLOCK, k_count - k)
         r = 0
         for tile in range(tiles):
             height = (rows - r + tiles - tile - 1) // (tiles - tile)
@@ -153,7 +145,6 @@ def multiply(columns, rows, panels, a, a0, places, place, w, w0, w_panel, k_coun
                 count, c, c0 + r * c_row, c_row, c_panel,
             )  # fmt: skip
             r += height
-        k += count
 
 
 @register_jitable
@@ -165,51 +156,83 @@ def clear(c, start, count):
 # ---- packing
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
-def pack_gates(source, weight, blocks, hidden, units, packed):
-    """Pack rows (gate blocks of units) of `weight` [G*H, K] as [panel][K][gate][unit vector][lane] into `packed` (is modified).
+def _transpose(builder, vector, rows):
+    """The square block of vectors `rows` transposed: pairs of lanes, then pairs of pairs, and so on change places."""
+    distance = 1
+    while distance < vector.lanes:
+        rows = list(rows)
+        for i in range(vector.lanes):
+            if i & distance == 0:
+                a, b = rows[i], rows[i + distance]
+                low = [j if j & distance == 0 else vector.lanes + j - distance for j in range(vector.lanes)]
+                high = [j + distance if j & distance == 0 else vector.lanes + j for j in range(vector.lanes)]
+                mask = lambda places: ir.Constant(ir.VectorType(INT32, len(places)), places)
+                rows[i] = builder.shuffle_vector(a, b, mask(low))
+                rows[i + distance] = builder.shuffle_vector(a, b, mask(high))
+        distance *= 2
+    return rows
 
-    A panel holds the gates `blocks` of `units` vectors of hidden units; units beyond `hidden` become 0.
+
+@intrinsic
+def pack_block(typingctx, weight, at, row_size, rows, columns, packed, to, step):
+    """Write a square block of `weight` (flat, at `at`, rows row_size apart) transposed: its columns at packed[to], [to + step] ...
+
+    Of the block only `rows` rows and `columns` columns exist; missing rows count as zeros, missing columns are not written.
     """
-    k_count = weight.shape[1]
+
+    def emit(context, builder, sig, args):
+        vector = simd.vector_of(sig.args[0])
+        weight, at, row_size, rows, columns, packed, to, step = args
+        nothing = ir.Constant(INT64, 0)
+        block = []
+        for r in range(vector.lanes):
+            place = builder.add(at, builder.mul(row_size, ir.Constant(INT64, r)))
+            pointer = simd.address(context, builder, sig.args[0], weight, place, vector)
+            n = builder.select(builder.icmp_signed(">", rows, ir.Constant(INT64, r)), columns, nothing)
+            block.append(simd.load_first(builder, vector, pointer, n))
+        for k, value in enumerate(_transpose(builder, vector, block)):
+            place = builder.add(to, builder.mul(step, ir.Constant(INT64, k)))
+            pointer = simd.address(context, builder, sig.args[5], packed, place, vector)
+            with builder.if_then(builder.icmp_signed(">", columns, ir.Constant(INT64, k)), likely=True):
+                simd.store_vector(builder, vector, value, pointer)
+        return context.get_dummy_value()
+
+    i = types.intp
+    return types.void(weight, i, i, i, i, packed, i, i), emit
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def pack_gates(source, weight, k_count, blocks, hidden, units, packed):
+    """Pack `weight` [G*H, K] (flat) as [panel][K][gate][unit vector][lane] into `packed` (is modified).
+
+    A panel holds the gate blocks `blocks` of `units` vectors of hidden units; units beyond `hidden` become 0.
+    """
     width = lanes(packed)
     gates = len(blocks)
-    panel_units = units * width
-    panel = 0
-    for first in range(0, hidden, panel_units):
-        base = panel * k_count * gates * panel_units
+    step = gates * units * width
+    for vector in range((hidden + units * width - 1) // (units * width) * units):
+        panel, u = vector // units, vector % units
+        unit = vector * width
         for g in range(gates):
-            for j in range(panel_units):
-                unit = first + j
-                at = base + g * panel_units + j
-                if unit < hidden:
-                    row = blocks[g] * hidden + unit
-                    for k in range(k_count):
-                        packed[at + k * gates * panel_units] = weight[row, k]
-                else:
-                    for k in range(k_count):
-                        packed[at + k * gates * panel_units] = 0
-        panel += 1
+            row = (blocks[g] * hidden + unit) * k_count
+            to = panel * k_count * step + (g * units + u) * width
+            for k in range(0, k_count, width):
+                pack_block(weight, row + k, k_count, max(0, min(width, hidden - unit)), min(width, k_count - k),
+                           packed, to + k * step, step)  # fmt: skip
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def pack_columns(source, weight, blocks, block_rows, packed):
-    """Pack the columns of `weight` [., N] as [panel][K][column], where K runs over the rows of `blocks` (is modified: packed)."""
-    columns = weight.shape[1]
+def pack_columns(source, weight, columns, blocks, block_rows, packed):
+    """Pack `weight` [., N] (flat) as [panel][K][column], where K runs over the rows of `blocks`, into `packed` (is modified)."""
     width = VECTORS * lanes(packed)
-    k_count = len(blocks) * block_rows
-    for panel in range((columns + width - 1) // width):
-        first = panel * width
-        count = min(width, columns - first)
-        at = panel * k_count * width
+    at = 0
+    for first in range(0, columns, width):
         for block in blocks:
-            for k in range(block_rows):
-                row = block * block_rows + k
-                for j in range(count):
-                    packed[at + j] = weight[row, first + j]
-                for j in range(count, width):
-                    packed[at + j] = 0
-                at += width
+            for row in range(block * block_rows, (block + 1) * block_rows):
+                for j in range(0, width, lanes(packed)):
+                    n = max(0, columns - first - j)
+                    store(packed, at, load(weight, row * columns + first + j, n), lanes(packed))
+                    at += lanes(packed)
 
 
 # ---- the product of the weight gradients
@@ -226,43 +249,59 @@ def _pack_rows(b, places, q0, count, first, width, columns, packed):
 
 
 @register_jitable
-def add_outer_products(columns, d, d0, d_row, m0, m1, b, places, rows, n_count, c, c_row, work):
-    """C[m, n] += sum over rows q of D[q, m] B[q, n] for m0 <= m < m1.
+def _pack_tiles(d, d0, d_row, m0, m1, count, height, packed):
+    """packed[tile, q, r] = d[d0 + q * d_row + m0 + tile * height + r], for rows q < count.
 
-    D[q, m] stands at d[d0 + q * d_row + m], B[q, n] at b[places[q] + n], C[m, n] (is modified) at c[m * c_row + n]. Each block of
-    rows is summed by itself and then added. `work` holds gradient_work(...) numbers.
+    Whole vectors are copied: what is too much is overwritten by the next ones, or lies behind the last tile. `d` is read up to
+    one vector behind its last row.
     """
-    height = tile_rows(columns)
-    width = len(columns) * lanes(b)
-    tiles = (m1 - m0 + height - 1) // height
-    d_packed, b_packed, tile = 0, tiles * height * BLOCK, tiles * height * BLOCK + BLOCK * width
-    places_in_tile = _places_in_tile(height)
-    for q0 in range(0, rows, BLOCK):
-        count = min(BLOCK, rows - q0)
-        for i in range(tiles):
-            m = m0 + i * height
-            n = min(height, m1 - m)
-            for q in range(count):
-                at = d_packed + (i * BLOCK + q) * height
-                for j in range(n):
-                    work[at + j] = d[d0 + (q0 + q) * d_row + m + j]
-                for j in range(n, height):
-                    work[at + j] = 0
-        for first in range(0, n_count, width):
-            n = min(width, n_count - first)
-            _pack_rows(b, places, q0, count, first, width, n_count, work[b_packed:tile])
-            for i in range(tiles):
-                clear(work, tile, height * width)
-                multiply_tile(
-                    columns, height, 1, work, d_packed + i * BLOCK * height, places_in_tile, 0, height, work, b_packed, 0,
-                    count, work, tile, width, 0,
-                )  # fmt: skip
-                for r in range(min(height, m1 - m0 - i * height)):
-                    at = (m0 + i * height + r) * c_row + first
-                    for j in range(0, n, lanes(c)):
-                        store(c, at + j, load(c, at + j, n - j) + load(work, tile + r * width + j, n - j), n - j)
+    width = lanes(d)
+    for m in range(m0, m1, height):
+        at = (m - m0) * BLOCK
+        for q in range(count):
+            for r in range(0, height, width):
+                store(packed, at + q * height + r, load(d, d0 + q * d_row + m + r, width), width)
 
 
 @register_jitable
-def _places_in_tile(height):
-    return np.arange(height)
+def add_outer_products(columns, d, d0, d_row, m0, m1, b, places, rows, n_count, c, tile_places, work):
+    """C[m, n] += sum over rows q of D[q, m] B[q, n] for m0 <= m < m1.
+
+    D[q, m] stands at d[d0 + q * d_row + m], B[q, n] at b[places[q] + n], C [., n_count] is flat (is modified). tile_places is
+    0, 1, 2, ...; `work` has room for outer_work(V) numbers.
+    """
+    height = tile_rows(columns)
+    width = len(columns) * lanes(b)
+    b_at = OUTER_TILES * height * BLOCK + lanes(b)
+    c_at = b_at + width * BLOCK
+    b_packed = work[b_at:c_at]
+    for q0 in range(0, rows, BLOCK):
+        count = min(BLOCK, rows - q0)
+        for m in range(m0, m1, OUTER_TILES * height):
+            m_end = min(m1, m + OUTER_TILES * height)
+            _pack_tiles(d, d0 + q0 * d_row, d_row, m, m_end, count, height, work)
+            for first in range(0, n_count, width):
+                n = n_count - first
+                _pack_rows(b, places, q0, count, first, width, n_count, b_packed)
+                for i in range(m, m_end, height):
+                    tile = min(height, m_end - i)
+                    if n >= width:
+                        multiply_tile(columns, tile, 1, work, (i - m) * BLOCK, tile_places, 0, height, work, b_at, 0, count,
+                                      c, i * n_count + first, n_count, 0)  # fmt: skip
+                    else:  # the last columns: by way of a whole tile
+                        clear(work, c_at, tile * width)
+                        multiply_tile(columns, tile, 1, work, (i - m) * BLOCK, tile_places, 0, height, work, b_at, 0, count,
+                                      work, c_at, width, 0)  # fmt: skip
+                        for r in range(tile):
+                            to = (i + r) * n_count + first
+                            for j in range(0, n, lanes(c)):
+                                store(c, to + j, load(c, to + j, n - j) + load(work, c_at + r * width + j, n - j), n - j)
+
+
+OUTER_TILES = 32  # tiles of D that are packed at a time: they stay in the second-level cache
+
+
+def outer_work(vectors: int, width: int) -> int:
+    """Numbers of scratch that add_outer_products needs, for vectors of `width` numbers."""
+    height = rows_in_tile(vectors)
+    return (OUTER_TILES * height + vectors * width) * BLOCK + width + height * vectors * width
