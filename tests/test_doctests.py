@@ -7,15 +7,18 @@ import pkgutil
 import pytest
 
 import fastrnn
+import fastrnn.kernels
 
+# two folders: an editable installation takes fastrnn.kernels from one of its own
 MODULES = [
     module.name
-    for module in pkgutil.walk_packages(fastrnn.__path__, "fastrnn.")
-    if not module.name.endswith("__main__")
+    for package in (fastrnn, fastrnn.kernels)
+    for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}.")
+    if not module.name.endswith(".__main__")
 ]
 
 
-@pytest.mark.parametrize("name", ["fastrnn", *MODULES])
+@pytest.mark.parametrize("name", ["fastrnn", "fastrnn.kernels", *MODULES])
 def test_examples(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # for examples that write files
     failed, _ = doctest.testmod(importlib.import_module(name))
