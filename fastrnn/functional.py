@@ -110,7 +110,7 @@ def forward(
            [3., 3., 3., 3.]])
     """
     check_cell(cell)
-    kernels = backends.load(backend)
+    backend = backends.check(backend)
     x = check_array("x", x, DTYPES, (None, None, None), "(T, B, I)")
     T, B, I = x.shape
     dtype = x.dtype.newbyteorder("=")
@@ -133,6 +133,7 @@ def forward(
     x = contiguous(x)
     if output is not None:
         _check_overlap(output, {"x": x, "state": state, **params})
+    kernels = backends.load(backend)
     result, last, tape = kernels.forward(
         cell,
         x,
@@ -323,10 +324,10 @@ def check_cell(cell: Any) -> str:
 
 def check_dtype(dtype: Any) -> np.dtype:
     try:
-        known = np.dtype(dtype)
+        known = None if dtype is None else np.dtype(dtype)
     except (TypeError, ValueError):
         known = None
-    if dtype is None or known not in DTYPES:  # None is float64 to NumPy
+    if known is None or known not in DTYPES:  # NumPy takes None for float64
         raise TypeError(f"dtype is {dtype!r}, expected float32 or float64")
     return known
 
@@ -433,7 +434,7 @@ def _a(value: Any) -> str:
         text = repr(value)
         return text if len(text) <= 60 else text[:57] + "..."
     name = type(value).__name__
-    return f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"
+    return f"{'an' if name[0] in 'aeiouAEIOU' or name == 'ndarray' else 'a'} {name}"
 
 
 def _or(values: Iterable[Any]) -> str:

@@ -160,8 +160,8 @@ class Recurrent:
     def _check_memory(self) -> None:
         spec = self._spec
         size = spec.num_parameters * self._dtype.itemsize + spec.num_arrays * 256  # an array object and its name
-        what = f"a layer with {spec.num_layers} layers, input_size {spec.input_size} and hidden_size {spec.hidden_size}"
-        functional.check_memory(size, what)
+        sizes = f"input_size {spec.input_size}, hidden_size {spec.hidden_size} and num_layers {spec.num_layers}"
+        functional.check_memory(size, f"{type(self).__name__} with {sizes}")
 
     def _start(self, parameters: Params, seed: int | None) -> None:
         self._parameters = Parameters(parameters)
