@@ -235,6 +235,16 @@ def pack_columns(source, weight, columns, blocks, block_rows, packed):
                     at += lanes(packed)
 
 
+@njit(cache=True, nogil=True, error_model="numpy")
+def pack_bias(source, bias, blocks, slot, slots, hidden, units, packed):
+    """Add the gate blocks `blocks` of a bias to `packed` [panel][slot][unit vector][lane] (is modified), from `slot` on."""
+    panel_units = units * lanes(packed)
+    for g in range(len(blocks)):
+        for unit in range(hidden):
+            panel, j = unit // panel_units, unit % panel_units
+            packed[(panel * slots + slot + g) * panel_units + j] += bias[blocks[g] * hidden + unit]
+
+
 # ---- the product of the weight gradients
 
 

@@ -21,7 +21,7 @@ from numba.extending import (
 from fastrnn.kernels.cells import CELLS, Stage
 from fastrnn.kernels.product import VECTORS
 
-SOURCES = ("cells", "simd", "product", "stage", "cpu")
+SOURCES = ("cells", "simd", "product", "stage", "walk")
 
 
 def _checksum() -> str:
