@@ -1,1 +1,37 @@
-"""The walks through time, installed as ``fastrnn.kernels``."""
+"""The walks through time: everything that computes, installed as ``fastrnn.kernels``.
+
+Where the kernel for X is
+-------------------------
+============================================  =================================================
+a cell's formula, forward and backward        :mod:`fastrnn.kernels.cells`, written once for all targets
+the walk through time on the CPU              :mod:`fastrnn.kernels.cpu`
+products with weights, and their packing      :mod:`fastrnn.kernels.product`
+exp, sigmoid, tanh of a vector; CPU features  :mod:`fastrnn.kernels.simd`
+a cell as an argument of a kernel; caching    :mod:`fastrnn.kernels.stage`
+splitting a pass over threads                 :mod:`fastrnn.kernels.threads`
+the same in plain NumPy, to read and compare  :mod:`fastrnn.kernels.reference`
+============================================  =================================================
+
+Letters
+-------
+T time, B batch, I input, H hidden, P projection, G gates, L layers, D directions. W is the size of h and of the output:
+P where there is a projection, else H. ``d`` + name is the gradient of the loss with respect to what is named.
+
+Conventions
+-----------
+A backend (``cpu``, ``reference``) is a module with two functions, for one layer in one direction::
+
+    forward(cell, x, params, state, *, lengths=None, reset=None, reverse=False, training=False, output=None, column=0)
+        -> output, state, tape
+    backward(tape, d_output, d_state)
+        -> dx, dparams, dstate
+
+* `x` is (T, B, I), `output` and `d_output` (T, B, W). `state` is a tuple, h first: (h,), or (h, c) for LSTM; h is
+  (B, W), c (B, H). `params` has PyTorch's names, shapes and order of gates (i f g o; r z n), and so have its gradients.
+* :mod:`fastrnn.functional` has checked the arguments: kernels raise nothing. Arrays are C-contiguous, aligned and of
+  one dtype. None is written, except ``output[..., column : column + W]`` where a buffer is given.
+* Beyond a row's length, output and dx are 0, whatever stands there in x, reset or d_output. The final state is that of
+  the row's last step, without any step the initial state.
+* Where reset[t, b] is true, row b's state is zero before step t, in the order in which the direction walks.
+* The tape refers to x, params and output. Backward only reads it, and may run any number of times.
+"""
