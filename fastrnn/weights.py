@@ -673,9 +673,7 @@ def _safetensors() -> Any:
         import safetensors
         import safetensors.numpy
     except ModuleNotFoundError as error:
-        message = (
-            "the package safetensors is needed for .safetensors files: pip install safetensors; .npz works without"
-        )
+        message = "the package safetensors is needed for .safetensors files, not for .npz: pip install safetensors"
         raise ModuleNotFoundError(message) from error
     return safetensors
 
