@@ -18,7 +18,7 @@ from numba.core import config
 from fastrnn.kernels import threads
 from fastrnn.kernels.cells import CELLS, LSTM_PROJECTED, Cell
 from fastrnn.kernels.product import (
-    BLOCK, IN_FLIGHT, VECTORS, outer_work, pack_bias, pack_columns, pack_gates, rows_in_tile,
+    IN_FLIGHT, OUTER_BLOCK, VECTORS, outer_work, pack_bias, pack_columns, pack_gates, rows_in_tile,
 )  # fmt: skip
 from fastrnn.kernels.simd import VECTOR_BITS, machine
 from fastrnn.kernels.stage import SOURCE, units
@@ -26,7 +26,8 @@ from fastrnn.kernels.walk import (
     ROWS, TILE_ROWS, Sequences, Sizes, Sums, Way, Weights, backward_rows, bias_gradient, forward_rows, weight_gradient,
 )  # fmt: skip
 
-SLICE_FLOPS = 4e6 * VECTOR_BITS  # work between looks at Ctrl-C: a tenth of a second on a slow CPU with such vectors
+SLICE_SECONDS = 0.08  # between looks at Ctrl-C, as estimated from what a slow CPU with such vectors does:
+SLOW_FLOPS, SLOW_BYTES = 2e8 * VECTOR_BITS, 1e10  # operations, and bytes of weights read, in a second
 CHUNK_BYTES = 1 << 22  # gate gradients that are kept until the weight gradients are summed
 AHEAD_BYTES = 1 << 17  # gate sums that are made ahead: a part of the second-level cache
 THREAD_FLOPS = 8e6  # work that is worth waking a thread for
@@ -179,10 +180,11 @@ def _sums(first, second, size, row0, row1, dtype) -> Sums:
     return Sums(ahead, g, g2, *places)
 
 
-def _slices(steps, flops):
-    """Cuts of the time axis between which Ctrl-C is looked at."""
-    length = max(1, min(steps, int(steps * SLICE_FLOPS / max(flops, 1.0))))
-    return [(s, min(s + length, steps)) for s in range(0, steps, length)]
+def _slice(cell, size, flops) -> int:
+    """Steps between two looks at Ctrl-C."""
+    weights = cell.gates * size.hidden * (size.inputs + size.h)
+    seconds = flops / max(size.steps, 1) / SLOW_FLOPS + 4 * weights / SLOW_BYTES
+    return max(1, int(SLICE_SECONDS / max(seconds, 1e-9)))
 
 
 def forward(cell, x, params, state, *, lengths=None, reset=None, reverse=False, training=False, output=None, column=0):
@@ -214,9 +216,10 @@ def forward(cell, x, params, state, *, lengths=None, reset=None, reverse=False, 
     flops = _flops(cell, size, int(rows.active.sum()))
     shares = _shares(rows, flops)
     sums = [_sums(first, second, size, *share, dtype) for share in shares]
-    for s0, s1 in _slices(size.steps, flops):
+    length = _slice(cell, size, flops)
+    for s0 in range(0, size.steps, length):
 
-        def part(p, _, s0=s0, s1=s1):
+        def part(p, _, s0=s0, s1=min(s0 + length, size.steps)):
             forward_rows(first, second, size, walk, weights, weights2, cell.states, values, final.reshape(-1), sums[p],
                          s0, s1, *shares[p])  # fmt: skip
 
@@ -229,16 +232,17 @@ def forward(cell, x, params, state, *, lengths=None, reset=None, reverse=False, 
 # ---- backward
 
 
-def _chunks(active, row_bytes, row_flops):
+def _chunks(active, row_bytes, steps):
     """(first step, last step, first row of each step) of the pieces between which weight gradients are summed.
 
-    They depend on the sizes alone, so that sums are the same for any number of threads.
+    At most `steps` steps and, roughly, CHUNK_BYTES of gate gradients. They depend on the sizes alone, so that sums are the
+    same for any number of threads.
     """
-    most = max(1, int(min(max(CHUNK_BYTES // row_bytes, BLOCK), SLICE_FLOPS / row_flops)))
+    most = max(CHUNK_BYTES // row_bytes, OUTER_BLOCK)
     chunks, start, bases = [], 0, [0]
     for s, rows in enumerate(active.tolist()):
         bases.append(bases[-1] + rows)
-        if bases[-1] >= most or s + 1 == len(active):
+        if bases[-1] >= most or len(bases) > steps or s + 1 == len(active):
             chunks.append((start, s + 1, np.array(bases, np.int64)))
             start, bases = s + 1, [0]
     return chunks
@@ -340,9 +344,8 @@ def backward(tape, d_output, d_state):
 
     dx = (np.empty if rows.lengths is None else np.zeros)(x.shape, dtype)
     d_flat = _none(dtype) if d_output is None else _flat(d_output)
-    total = int(rows.active.sum())
-    flops = 2 * _flops(cell, size, total)
-    chunks = _chunks(rows.active[::-1] if walk.reverse else rows.active, d_row * dtype.itemsize, flops / max(total, 1) + 1)
+    flops = 2 * _flops(cell, size, int(rows.active.sum()))
+    chunks = _chunks(rows.active[::-1] if walk.reverse else rows.active, d_row * dtype.itemsize, _slice(cell, size, flops))
     way = _way(tape, d_state, int(max((bases[-1] for _, _, bases in chunks), default=0)), d_row)
     gradients = _Gradients(tape, (h_column, h_column2))
     shares = _shares(rows, flops)

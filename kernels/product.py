@@ -21,6 +21,7 @@ from fastrnn.kernels.simd import INT32, INT64, REGISTERS, lanes, load, store
 
 VECTORS = 4  # vectors of columns in a panel of a plain product
 BLOCK = 128  # steps of k that are summed at a time: a panel's share of them stays in the first-level cache
+OUTER_BLOCK = 512  # the same in the weight gradients, whose sums are over rows: fewer visits of the gradient, which is large
 IN_FLIGHT = 8  # sums under way that hide the latency of a fused multiply-add
 
 
@@ -267,7 +268,7 @@ def _pack_tiles(d, d0, d_row, m0, m1, count, height, packed):
     """
     width = lanes(d)
     for m in range(m0, m1, height):
-        at = (m - m0) * BLOCK
+        at = (m - m0) * OUTER_BLOCK
         for q in range(count):
             for r in range(0, height, width):
                 store(packed, at + q * height + r, load(d, d0 + q * d_row + m + r, width), width)
@@ -282,11 +283,11 @@ def add_outer_products(columns, d, d0, d_row, m0, m1, b, places, rows, n_count, 
     """
     height = tile_rows(columns)
     width = len(columns) * lanes(b)
-    b_at = OUTER_TILES * height * BLOCK + lanes(b)
-    c_at = b_at + width * BLOCK
+    b_at = OUTER_TILES * height * OUTER_BLOCK + lanes(b)
+    c_at = b_at + width * OUTER_BLOCK
     b_packed = work[b_at:c_at]
-    for q0 in range(0, rows, BLOCK):
-        count = min(BLOCK, rows - q0)
+    for q0 in range(0, rows, OUTER_BLOCK):
+        count = min(OUTER_BLOCK, rows - q0)
         for m in range(m0, m1, OUTER_TILES * height):
             m_end = min(m1, m + OUTER_TILES * height)
             _pack_tiles(d, d0 + q0 * d_row, d_row, m, m_end, count, height, work)
@@ -296,11 +297,11 @@ def add_outer_products(columns, d, d0, d_row, m0, m1, b, places, rows, n_count, 
                 for i in range(m, m_end, height):
                     tile = min(height, m_end - i)
                     if n >= width:
-                        multiply_tile(columns, tile, 1, work, (i - m) * BLOCK, tile_places, 0, height, work, b_at, 0, count,
+                        multiply_tile(columns, tile, 1, work, (i - m) * OUTER_BLOCK, tile_places, 0, height, work, b_at, 0, count,
                                       c, i * n_count + first, n_count, 0)  # fmt: skip
                     else:  # the last columns: by way of a whole tile
                         clear(work, c_at, tile * width)
-                        multiply_tile(columns, tile, 1, work, (i - m) * BLOCK, tile_places, 0, height, work, b_at, 0, count,
+                        multiply_tile(columns, tile, 1, work, (i - m) * OUTER_BLOCK, tile_places, 0, height, work, b_at, 0, count,
                                       work, c_at, width, 0)  # fmt: skip
                         for r in range(tile):
                             to = (i + r) * n_count + first
@@ -314,4 +315,4 @@ OUTER_TILES = 32  # tiles of D that are packed at a time: they stay in the secon
 def outer_work(vectors: int, width: int) -> int:
     """Numbers of scratch that add_outer_products needs, for vectors of `width` numbers."""
     height = rows_in_tile(vectors)
-    return (OUTER_TILES * height + vectors * width) * BLOCK + width + height * vectors * width
+    return (OUTER_TILES * height + vectors * width) * OUTER_BLOCK + width + height * vectors * width

@@ -29,49 +29,50 @@ def _initial() -> int:
     return int(text)
 
 
-class _Worker:
-    """A thread that runs what it is handed, one piece at a time."""
-
-    def __init__(self):
-        self.tasks: SimpleQueue = SimpleQueue()
-        self.done: SimpleQueue = SimpleQueue()
-        threading.Thread(target=self._work, name="fastrnn", daemon=True).start()
-
-    def _work(self):
-        while True:
-            part, p, parts = self.tasks.get()
-            try:
-                part(p, parts)
-                error = None
-            except BaseException as e:  # handed to the caller, who raises it
-                error = e
-            part = None  # keep no arrays alive while asleep
-            self.done.put(error)
+def _work(tasks):
+    while True:
+        part, p, parts, done = tasks.get()
+        try:
+            part(p, parts)
+            error = None
+        except BaseException as e:  # handed to the caller, who raises it
+            error = e
+        done.put(error)
+        del part, done, error  # keep nothing of the call alive while asleep
 
 
 class _Pool:
+    """Threads that sleep until they are handed a part of a call."""
+
     def __init__(self):
         self.lock = threading.Lock()
-        self.workers: list[_Worker] = []
+        self.tasks: list[SimpleQueue] = []
+
+    def _grow(self, count):
+        while len(self.tasks) < count:
+            tasks: SimpleQueue = SimpleQueue()
+            threading.Thread(target=_work, args=(tasks,), name="fastrnn", daemon=True).start()
+            self.tasks.append(tasks)
 
     def run(self, part, parts):
-        while len(self.workers) < parts - 1:
-            self.workers.append(_Worker())
-        helpers = self.workers[: parts - 1]
-        for p, worker in enumerate(helpers, 1):
-            worker.tasks.put((part, p, parts))
+        self._grow(parts - 1)
+        done: SimpleQueue = SimpleQueue()  # of this call alone: one that was interrupted leaves nothing behind for the next
         error: BaseException | None = None
+        waiting = 0
         try:
+            for p, tasks in enumerate(self.tasks[: parts - 1], 1):
+                waiting += 1
+                tasks.put((part, p, parts, done))
             part(0, parts)
         except BaseException as e:
             error = e
-        for worker in helpers:  # to the last, whatever happens: they write into this call's arrays
-            while True:
-                try:
-                    error = error or worker.done.get()
-                    break
-                except KeyboardInterrupt as e:
-                    error = e
+        while waiting:  # for all, whatever happens: they write into this call's arrays
+            try:
+                other = done.get()
+                waiting -= 1
+                error = error or other
+            except KeyboardInterrupt as e:
+                error = e
         if error is not None:
             raise error
 

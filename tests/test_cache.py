@@ -1,0 +1,57 @@
+"""Compiled kernels are kept between processes, and an edit to any of their sources is noticed."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastrnn.kernels import stage
+
+PROGRAM = """
+import numpy as np
+from fastrnn.kernels import cpu, walk
+one = np.ones((1, 1), np.float32)
+params = {"weight_ih": one, "weight_hh": one}
+output, _, _ = cpu.forward("rnn_relu", np.full((1, 1, 1), 3, np.float32), params, (one,))
+print(float(output[0, 0, 0]), sum(walk.forward_rows.stats.cache_hits.values()))
+"""
+
+
+def run(folder):
+    environment = {**os.environ, "PYTHONPATH": str(folder), "NUMBA_CACHE_DIR": str(folder / "cache")}
+    result = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, cwd=folder, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    value, hits = result.stdout.split()
+    return float(value), int(hits)
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """A copy of the package, apart from any installation."""
+    kernels = Path(stage.__file__).parent
+    package = Path(sys.modules["fastrnn"].__file__).parent
+    ignore = shutil.ignore_patterns("__pycache__", "kernels")
+    shutil.copytree(package, tmp_path / "fastrnn", ignore=ignore)
+    shutil.copytree(kernels, tmp_path / "fastrnn" / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path
+
+
+def test_an_edit_to_a_cell_is_noticed(copy):
+    assert run(copy) == (4.0, 0)
+    assert run(copy) == (4.0, 1)
+    cells = copy / "fastrnn" / "kernels" / "cells.py"
+    text = cells.read_text()
+    edited = text.replace("h = relu(gates[0])", "h = relu(gates[0]) + 1")
+    assert edited != text
+    cells.write_text(edited)
+    assert run(copy) == (5.0, 0)
+
+
+def test_every_source_of_the_kernels_is_watched():
+    """The checksum covers each module that walk.py, where the kernels stand, takes code from."""
+    folder = Path(stage.__file__).parent
+    inlined = {path.stem for path in folder.glob("*.py")} - {"__init__", "cpu", "threads", "reference"}
+    assert inlined == set(stage.SOURCES)
