@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import sys
 from pathlib import Path
 
@@ -102,19 +101,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
-def start_anew_with_resting_blas() -> None:
-    """Start this command anew with BLAS threads that sleep soon after a product, where nothing says how long they wait.
-
-    NumPy's OpenBLAS keeps them spinning for 20 ms, on the cores that the layer then works on: a training step of the
-    demonstration takes 25 ms so, and 16 ms without (2 cores of an AMD EPYC of the Zen 5 generation). OpenBLAS reads the
-    variable once, when NumPy is loaded. The value is the logarithm of a number of clock cycles.
-    """
-    if os.name == "posix" and "OPENBLAS_THREAD_TIMEOUT" not in os.environ:
-        os.environ["OPENBLAS_THREAD_TIMEOUT"] = "16"
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-
-
 if __name__ == "__main__":
     if sys.argv[1:2] == ["demo"]:
+        from fastrnn.demo import start_anew_with_resting_blas
+
         start_anew_with_resting_blas()
     sys.exit(main())

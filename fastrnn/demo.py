@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import importlib.abc
 import importlib.util
+import multiprocessing
+import os
 import sys
 import textwrap
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -33,8 +36,10 @@ EMBEDDING = 64
 LEARNING_RATE, CLIP = 4e-3, 1.0
 SHORTEST = 50_000  # characters: with less, the part for validation is too short for a window
 PROMPT = "def "
+BLAS_WAIT = "OPENBLAS_THREAD_TIMEOUT"  # how long OpenBLAS' threads spin: the logarithm of a number of cycles
 
 Parameters = dict[str, np.ndarray]
+Pairs = list[tuple[np.ndarray, np.ndarray]]  # inputs and targets
 
 
 # ---- the text
@@ -79,7 +84,7 @@ class Corpus:
         return cls(vocabulary, ids[:cut], ids[cut:])
 
 
-def windows(ids: np.ndarray, batch: int = BATCH, steps: int = WINDOW) -> list[tuple[np.ndarray, np.ndarray]]:
+def windows(ids: np.ndarray, batch: int = BATCH, steps: int = WINDOW) -> Pairs:
     """Pairs (inputs, targets), each (steps, batch): a column goes on in the next pair where it ended in this one."""
     length = (len(ids) - 1) // batch
     starts = np.arange(batch) * length
@@ -234,7 +239,7 @@ class Progress:
 
 @dataclass
 class Trained:
-    """What a training reached: numbers of characters and seconds without those of the first step, which compiles."""
+    """What a training reached; `seconds` are those of its steps."""
 
     epochs: int = 0
     validation_loss: float = float("nan")
@@ -243,7 +248,7 @@ class Trained:
     interrupted: bool = False
 
 
-def validation_loss(model: CharacterModel, pairs: list[tuple[np.ndarray, np.ndarray]]) -> float:
+def validation_loss(model: CharacterModel, pairs: Pairs) -> float:
     """Mean cross-entropy over `pairs`, with the state carried through them."""
     losses, state = [], None
     for inputs, targets in pairs:
@@ -270,10 +275,9 @@ def train(model: CharacterModel, corpus: Corpus, epochs: int, seconds: float, pr
                 rate = LEARNING_RATE * (1 - adam.steps / total)
                 loss, state = train_step(model, adam, inputs, targets, state, rate)
                 losses.append(loss)
-                if adam.steps > 1:
-                    reached.characters += inputs.size
-                    reached.seconds += time.perf_counter() - start
-                speed = reached.characters / max(reached.seconds, 1e-9)
+                reached.characters += inputs.size
+                reached.seconds += time.perf_counter() - start
+                speed = reached.characters / reached.seconds
                 progress.show(adam.steps / total, f"epoch {epoch}/{epochs}  loss {loss:.3f}  {speed:,.0f} characters/s")
             reached.epochs, reached.validation_loss = epoch, validation_loss(model, held_out)
             progress.line(
@@ -290,32 +294,52 @@ def train(model: CharacterModel, corpus: Corpus, epochs: int, seconds: float, pr
 # ---- against the NumPy reference
 
 
-def compare_with_reference(model: CharacterModel, corpus: Corpus, repeats: int = 5) -> tuple[float, float]:
-    """Seconds of one training step with `model`'s own backend and with the reference, in turn; medians.
+def seconds_per_step(backend: str | None, characters: int, hidden: int, pairs: Pairs) -> tuple[float, list[float]]:
+    """Median time of a training step of a new model, and the losses of all steps."""
+    model = CharacterModel(characters, hidden, backend=backend)
+    adam, state = Adam(model.parameters), None
+    seconds, losses = [], []
+    for inputs, targets in pairs:
+        start = time.perf_counter()
+        loss, state = train_step(model, adam, inputs, targets, state, LEARNING_RATE)
+        seconds.append(time.perf_counter() - start)
+        losses.append(loss)
+    return float(np.median(seconds[1:])), losses  # the first step is for warming up
 
-    Both start from the same parameters, which are those of `model` and stay as they are, and must agree on the loss.
+
+def compare_with_reference(corpus: Corpus, hidden: int, steps: int = 12) -> tuple[float, float]:
+    """Seconds of a training step with fastrnn, and with the NumPy reference in its place.
+
+    The reference has a process of its own, in which the threads of NumPy's BLAS wait as long as they do by default:
+    that makes it faster, and fastrnn slower. Both must come to the same losses.
     """
-    inputs, targets = windows(corpus.training)[0]
-    twins = []
-    for backend in (model.gru.backend, "reference"):
-        twin = CharacterModel(len(corpus.vocabulary), model.gru.hidden_size, backend=backend)
-        for name, parameter in twin.parameters.items():
-            parameter[...] = model.parameters[name]
-        twins.append((twin, Adam(twin.parameters)))
-    seconds = np.empty((1 + repeats, 2))
-    losses = np.empty_like(seconds)
-    for i in range(1 + repeats):
-        for j, (twin, adam) in enumerate(twins):
-            start = time.perf_counter()
-            losses[i, j], _ = train_step(twin, adam, inputs, targets, None, LEARNING_RATE)
-            seconds[i, j] = time.perf_counter() - start
-    if not np.allclose(losses[:, 0], losses[:, 1], rtol=1e-3):
-        raise RuntimeError(f"fastrnn's losses are {losses[:, 0]}, those of the NumPy reference {losses[:, 1]}")
-    fast, slow = np.median(seconds[1:], axis=0)  # the first step is for warming up
-    return float(fast), float(slow)
+    work = len(corpus.vocabulary), hidden, windows(corpus.training)[:steps]
+    fast, losses = seconds_per_step(None, *work)
+    waiting = os.environ.pop(BLAS_WAIT, None)
+    try:
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as other:
+            slow, expected = other.submit(seconds_per_step, "reference", *work).result()
+    finally:
+        if waiting is not None:
+            os.environ[BLAS_WAIT] = waiting
+    if not np.allclose(losses, expected, rtol=1e-2):  # rounding differs, and grows from step to step
+        raise RuntimeError(f"the losses are {losses}, with the NumPy reference {expected}")
+    return fast, slow
 
 
 # ---- the whole
+
+
+def start_anew_with_resting_blas() -> None:
+    """Start this program anew with BLAS threads that sleep soon after a product, where nothing says how long they wait.
+
+    NumPy's OpenBLAS keeps them spinning for 20 ms, on the cores that the layer then works on: a training step of this
+    model takes 25 ms so, and 16 ms otherwise (2 cores of an AMD EPYC with Zen 5). It reads the variable once, when
+    NumPy is loaded.
+    """
+    if os.name == "posix" and BLAS_WAIT not in os.environ:
+        os.environ[BLAS_WAIT] = "16"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def read_text(path: Path | None) -> str:
@@ -387,7 +411,7 @@ def run(epochs: int = 8, hidden: int = 256, seconds: float = 60.0, text: Path | 
     written, speed = write_and_time(model, corpus)
     print(f"It writes, at {speed:,.0f} characters/s:\n")
     print(textwrap.indent(written.expandtabs(4), "    ") + "\n")
-    fast, slow = compare_with_reference(model, corpus)
+    fast, slow = compare_with_reference(corpus, hidden)
     print(
         f"One training step of {BATCH * WINDOW:,} characters: {1e3 * fast:.1f} ms. "
         f"With NumPy alone: {1e3 * slow:.1f} ms, {slow / fast:.1f} times as long."
