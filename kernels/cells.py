@@ -1,7 +1,8 @@
 """The cells: the gate equations, forward and backward, each written once.
 
 A cell is the maths of hidden units for one time step: numbers in, numbers out, no loops and no arrays. The functions
-run as they stand on Python numbers, and compile to the CPU's vectors (:mod:`fastrnn.kernels.simd`) and to other targets.
+run as they stand on Python numbers, and compile to the CPU's vectors (:mod:`fastrnn.kernels.simd`) and to other
+targets.
 
 The sums that enter a gate, W_ih x + b_ih + W_hh h + b_hh, are made before the cell is called: a cell gets them as
 ``gates``. Most cells are one :class:`Stage`: a product with the previous h, then the gates. Two need a second product
@@ -14,8 +15,8 @@ sums are never needed again.
 Backward, ``stage.backward(dh, carried, saved, state) -> dgates, carried``: `dh` is the gradient of the stage's first
 result; `carried` is what reaches a state by itself and not through the gates (LSTM's c, GRU's z h).
 
-Names: i, f, g, o are LSTM's input, forget, candidate and output gates; r, z, n GRU's reset, update and candidate gates, m
-its recurrent candidate W_hn h + b_hn; d + name is a gradient.
+Names: i, f, g, o are LSTM's input, forget, candidate and output gates; r, z, n GRU's reset, update and candidate
+gates, m its recurrent candidate W_hn h + b_hn; d + name is a gradient.
 """
 
 from __future__ import annotations
@@ -134,7 +135,7 @@ def lstm_backward(dh, carried, saved, state):
 @register_jitable
 def lstm_before_projection(gates, state):
     results, saved = lstm(gates, state)
-    return results, saved + (results[0],)
+    return results, saved + (results[0],)  # noqa: RUF005 - Numba joins tuples by + alone
 
 
 @register_jitable
@@ -217,46 +218,48 @@ def gru_reset_backward(drh, carried, saved, state):
 
 # ---- the table of cells
 
+H, C = 0, 1  # the states' numbers; values that a first stage hands to the second come after them
+
 
 class Stage(NamedTuple):
     """One product and the gates that follow it.
 
-    States are numbered h = 0, c = 1, then the values that one stage hands to the next. The gates' sums stand in `gates` slots;
-    those from x fill the first ones, those from h the last ones: GRU's n and m, which may not be added, are the
-    first slot and the last.
+    The sums that enter the gates stand in `gates` slots: those from x fill the first slots, those from h the last
+    ones. Where both fall into one slot they are added; GRU's n and m, which may not be, are the first and the last.
+    Gate blocks are numbered as in PyTorch's weights.
     """
 
     name: str
     forward: Callable
     backward: Callable
-    gates: int  # slots of sums that `forward` takes
-    x_blocks: tuple[int, ...]  # blocks of weight_ih (in PyTorch's order) whose products fill the first slots
-    h_blocks: tuple[int, ...]  # blocks of weight_hh (or weight_hr) whose products fill, or add to, the last slots
-    operand: int  # the state that is multiplied: h of the previous step, or a value of the stage before
-    reads: tuple[int, ...]  # states of the previous step that `forward` takes
-    reads_now: tuple[int, ...]  # values of this step's earlier stage that `forward` takes after them
-    results: tuple[int, ...]  # the states that `forward` returns
-    saves: tuple[int, ...]  # places in the tape of what `forward` saves
-    saved: tuple[int, ...]  # places in the tape of what `backward` takes
-    state: tuple[int, ...]  # states of the previous step that `backward` takes
-    carried: tuple[int, ...]  # states with a gradient that goes back by itself
-    dgates: tuple[int, ...]  # slots of the gate gradients that `backward` returns
+    gates: int
+    x_blocks: tuple[int, ...]  # blocks of weight_ih, in the order of the first slots
+    h_blocks: tuple[int, ...]  # blocks of weight_hh (or weight_hr), in the order of the last slots
+    operand: int = H  # what is multiplied by h_blocks: the previous h, or a value of the stage before
+    reads: tuple[int, ...] = ()  # states of the previous step that `forward` takes,
+    reads_now: tuple[int, ...] = ()  # and behind them values of this step's stage before
+    results: tuple[int, ...] = (H,)  # the states and values that `forward` returns
+    saves: tuple[int, ...] = ()  # places in the tape of what `forward` saves
+    saved: tuple[int, ...] = ()  # places in the tape of what `backward` takes
+    state: tuple[int, ...] = ()  # states of the previous step that `backward` takes
+    carried: tuple[int, ...] = ()  # the state whose gradient also goes back by itself
+    dgates: tuple[int, ...] = (0,)  # slots of the gate gradients that `backward` returns
 
 
 class Cell(NamedTuple):
-    """A recurrent cell: its stages and the sizes that follow from them."""
+    """A recurrent cell: its stages, and the sizes that follow from them."""
 
     name: str
     stages: tuple[Stage, ...]
     states: int  # 1: h; 2: h and c
-    values: int  # states and values handed between stages
+    values: int  # states, and values that are handed between stages
     gates: int  # gate blocks of weight_ih
     slots: int  # slots of gate gradients
     tape: int  # numbers saved for each unit and step
 
 
 def _rnn(name, forward, backward):
-    stage = Stage(name, forward, backward, 1, (0,), (0,), 0, (), (), (0,), (0,), (0,), (), (), (0,))
+    stage = Stage(name, forward, backward, gates=1, x_blocks=(0,), h_blocks=(0,), saves=(0,), saved=(0,))
     return Cell(name, (stage,), states=1, values=1, gates=1, slots=1, tape=1)
 
 
@@ -264,33 +267,50 @@ _IFGO = (0, 1, 2, 3)
 
 LSTM = Cell(
     "lstm",
-    (Stage("lstm", lstm, lstm_backward, 4, _IFGO, _IFGO, 0, (1,), (), (0, 1), (0, 1, 2, 3, 4), (0, 1, 2, 3, 4), (1,), (1,), _IFGO),),
+    stages=(
+        Stage(
+            "lstm", lstm, lstm_backward, gates=4, x_blocks=_IFGO, h_blocks=_IFGO, reads=(C,), results=(H, C),
+            saves=(0, 1, 2, 3, 4), saved=(0, 1, 2, 3, 4), state=(C,), carried=(C,), dgates=_IFGO,
+        ),
+    ),
     states=2, values=2, gates=4, slots=4, tape=5,
 )  # fmt: skip
 
 LSTM_PROJECTED = Cell(
     "lstm_projected",
-    (
-        Stage("lstm_before_projection", lstm_before_projection, lstm_before_projection_backward, 4, _IFGO, _IFGO,
-              0, (1,), (), (2, 1), (0, 1, 2, 3, 4, 5), (0, 1, 2, 3, 4, 5), (1,), (1,), _IFGO),
-        Stage("projection", projection, projection_backward, 1, (), (0,), 2, (), (), (0,), (), (), (), (), (0,)),
+    stages=(
+        Stage(
+            "lstm_before_projection", lstm_before_projection, lstm_before_projection_backward,
+            gates=4, x_blocks=_IFGO, h_blocks=_IFGO, reads=(C,), results=(2, C),
+            saves=(0, 1, 2, 3, 4, 5), saved=(0, 1, 2, 3, 4, 5), state=(C,), carried=(C,), dgates=_IFGO,
+        ),
+        Stage("projection", projection, projection_backward, gates=1, x_blocks=(), h_blocks=(0,), operand=2),
     ),
     states=2, values=3, gates=4, slots=4, tape=6,
 )  # fmt: skip
 
 GRU = Cell(
     "gru",
-    (Stage("gru", gru, gru_backward, 4, (2, 0, 1), (0, 1, 2), 0, (0,), (), (0,), (0, 1, 2, 3), (0, 1, 2, 3), (0,), (0,), (0, 1, 2, 3)),),
+    stages=(
+        Stage(
+            "gru", gru, gru_backward, gates=4, x_blocks=(2, 0, 1), h_blocks=(0, 1, 2), reads=(H,),
+            saves=(0, 1, 2, 3), saved=(0, 1, 2, 3), state=(H,), carried=(H,), dgates=(0, 1, 2, 3),
+        ),
+    ),
     states=1, values=1, gates=3, slots=4, tape=4,
 )  # fmt: skip
 
 GRU_RESET_BEFORE = Cell(
     "gru_reset_before",
-    (
-        Stage("gru_reset", gru_reset, gru_reset_backward, 2, (0, 1), (0, 1), 0, (0,), (), (1, 2),
-              (0, 1, 2), (0, 1, 2, 3), (0,), (0,), (0,)),
-        Stage("gru_update", gru_update, gru_update_backward, 1, (2,), (2,), 1, (0,), (2,), (0,),
-              (3,), (0, 1, 2, 3), (0,), (0,), (1, 2)),
+    stages=(
+        Stage(
+            "gru_reset", gru_reset, gru_reset_backward, gates=2, x_blocks=(0, 1), h_blocks=(0, 1), reads=(H,),
+            results=(1, 2), saves=(0, 1, 2), saved=(0, 1, 2, 3), state=(H,), carried=(H,), dgates=(0,),
+        ),
+        Stage(
+            "gru_update", gru_update, gru_update_backward, gates=1, x_blocks=(2,), h_blocks=(2,), operand=1,
+            reads=(H,), reads_now=(2,), saves=(3,), saved=(0, 1, 2, 3), state=(H,), carried=(H,), dgates=(1, 2),
+        ),
     ),
     states=1, values=3, gates=3, slots=3, tape=4,
 )  # fmt: skip

@@ -18,13 +18,30 @@ from numba.core import config
 from fastrnn.kernels import threads
 from fastrnn.kernels.cells import CELLS, LSTM_PROJECTED, Cell
 from fastrnn.kernels.product import (
-    IN_FLIGHT, OUTER_BLOCK, VECTORS, outer_work, pack_bias, pack_columns, pack_gates, rows_in_tile,
-)  # fmt: skip
+    IN_FLIGHT,
+    OUTER_BLOCK,
+    VECTORS,
+    outer_work,
+    pack_bias,
+    pack_columns,
+    pack_gates,
+    rows_in_tile,
+)
 from fastrnn.kernels.simd import VECTOR_BITS, machine
 from fastrnn.kernels.stage import SOURCE, units
 from fastrnn.kernels.walk import (
-    ROWS, TILE_ROWS, Sequences, Sizes, Sums, Way, Weights, backward_rows, bias_gradient, forward_rows, weight_gradient,
-)  # fmt: skip
+    ROWS,
+    TILE_ROWS,
+    Sequences,
+    Sizes,
+    Sums,
+    Way,
+    Weights,
+    backward_rows,
+    bias_gradient,
+    forward_rows,
+    weight_gradient,
+)
 
 SLICE_SECONDS = 0.08  # between looks at Ctrl-C, as estimated from what a slow CPU with such vectors does:
 SLOW_FLOPS, SLOW_BYTES = 2e8 * VECTOR_BITS, 1e10  # operations, and bytes of weights read, in a second
@@ -149,9 +166,20 @@ def _pack_stage(stage, params, size) -> Weights:
     h = _pack_gates(stage, params["weight_hh" if gated else "weight_hr"], stage.h_blocks, results, width)
     bias = _aligned(-(-results // (units(stage) * width)) * stage.gates * units(stage) * width, dtype, zero=True)
     if gated and "bias_ih" in params:
-        pack_bias(SOURCE, _flat(params["bias_ih"]), _constant(*stage.x_blocks), 0, stage.gates, results, units(stage), bias)
+        pack_bias(
+            SOURCE, _flat(params["bias_ih"]), _constant(*stage.x_blocks), 0, stage.gates, results, units(stage), bias
+        )
         start = stage.gates - len(stage.h_blocks)
-        pack_bias(SOURCE, _flat(params["bias_hh"]), _constant(*stage.h_blocks), start, stage.gates, results, units(stage), bias)
+        pack_bias(
+            SOURCE,
+            _flat(params["bias_hh"]),
+            _constant(*stage.h_blocks),
+            start,
+            stage.gates,
+            results,
+            units(stage),
+            bias,
+        )
     return Weights(x if gated else h, h, bias)
 
 
@@ -200,9 +228,17 @@ def forward(cell, x, params, state, *, lengths=None, reset=None, reverse=False, 
         output[:, :, column : column + size.h] = 0
     tape = np.empty(size.steps * size.batch * cell.tape * size.hidden, dtype) if training else np.empty(0, dtype)
     walk = Sequences(
-        _flat(x), output.reshape(-1), output.shape[2], column, tape, cell.tape * size.hidden,
-        rows.order, rows.active, _none(np.bool_) if reset is None else _flat(reset), reverse,
-    )  # fmt: skip
+        _flat(x),
+        output.reshape(-1),
+        output.shape[2],
+        column,
+        tape,
+        cell.tape * size.hidden,
+        rows.order,
+        rows.active,
+        _none(np.bool_) if reset is None else _flat(reset),
+        reverse,
+    )
     weights = _pack_stage(first, params, size)
     weights2 = weights if second is None else _pack_stage(second, params, size)
 
@@ -218,10 +254,24 @@ def forward(cell, x, params, state, *, lengths=None, reset=None, reverse=False, 
     sums = [_sums(first, second, size, *share, dtype) for share in shares]
     length = _slice(cell, size, flops)
     for s0 in range(0, size.steps, length):
+        s1 = min(s0 + length, size.steps)
 
-        def part(p, _, s0=s0, s1=min(s0 + length, size.steps)):
-            forward_rows(first, second, size, walk, weights, weights2, cell.states, values, final.reshape(-1), sums[p],
-                         s0, s1, *shares[p])  # fmt: skip
+        def part(p, _, s0=s0, s1=s1):
+            forward_rows(
+                first,
+                second,
+                size,
+                walk,
+                weights,
+                weights2,
+                cell.states,
+                values,
+                final.reshape(-1),
+                sums[p],
+                s0,
+                s1,
+                *shares[p],
+            )
 
         threads.run(part, len(shares))
     ends = tuple(final[v, :, : s.shape[1]] for v, s in enumerate(state))
@@ -235,8 +285,8 @@ def forward(cell, x, params, state, *, lengths=None, reset=None, reverse=False, 
 def _chunks(active, row_bytes, steps):
     """(first step, last step, first row of each step) of the pieces between which weight gradients are summed.
 
-    At most `steps` steps and, roughly, CHUNK_BYTES of gate gradients. They depend on the sizes alone, so that sums are the
-    same for any number of threads.
+    At most `steps` steps and, roughly, CHUNK_BYTES of gate gradients. They depend on the sizes alone, so that sums
+    are the same for any number of threads.
     """
     most = max(CHUNK_BYTES // row_bytes, OUTER_BLOCK)
     chunks, start, bases = [], 0, [0]
@@ -302,8 +352,22 @@ class _Gradients:
 
         def part(p, parts):
             for d0, b, places, n_count, m_count, c in products:
-                weight_gradient(SOURCE, way.d, d0, way.d_row, m_count, b, places, rows, n_count, c, self.tile_places,
-                                scratch[p], p, parts)  # fmt: skip
+                weight_gradient(
+                    SOURCE,
+                    way.d,
+                    d0,
+                    way.d_row,
+                    m_count,
+                    b,
+                    places,
+                    rows,
+                    n_count,
+                    c,
+                    self.tile_places,
+                    scratch[p],
+                    p,
+                    parts,
+                )
             bias_gradient(SOURCE, way.d, way.d_row, rows, len(self.bias), self.bias, p, parts)
 
         threads.run(part, len(shares))
@@ -345,19 +409,40 @@ def backward(tape, d_output, d_state):
     dx = (np.empty if rows.lengths is None else np.zeros)(x.shape, dtype)
     d_flat = _none(dtype) if d_output is None else _flat(d_output)
     flops = 2 * _flops(cell, size, int(rows.active.sum()))
-    chunks = _chunks(rows.active[::-1] if walk.reverse else rows.active, d_row * dtype.itemsize, _slice(cell, size, flops))
+    chunks = _chunks(
+        rows.active[::-1] if walk.reverse else rows.active, d_row * dtype.itemsize, _slice(cell, size, flops)
+    )
     way = _way(tape, d_state, int(max((bases[-1] for _, _, bases in chunks), default=0)), d_row)
     gradients = _Gradients(tape, (h_column, h_column2))
     shares = _shares(rows, flops)
     scratch = [
-        (_aligned(ROWS * VECTORS * width, dtype), np.empty(max(last - start, 2 * ROWS), np.int64)) for start, last in shares
+        (_aligned(ROWS * VECTORS * width, dtype), np.empty(max(last - start, 2 * ROWS), np.int64))
+        for start, last in shares
     ]
     for s0, s1, bases in reversed(chunks):
         here = way._replace(bases=bases)
 
         def part(p, _, s0=s0, s1=s1, here=here):
-            backward_rows(first, second, size, walk, cell.states, here, wx, len(x_blocks) * hidden, wh, h_column, wh2, h_column2,
-                          d_flat, dx.reshape(-1), *scratch[p], s0, s1, *shares[p])  # fmt: skip
+            backward_rows(
+                first,
+                second,
+                size,
+                walk,
+                cell.states,
+                here,
+                wx,
+                len(x_blocks) * hidden,
+                wh,
+                h_column,
+                wh2,
+                h_column2,
+                d_flat,
+                dx.reshape(-1),
+                *scratch[p],
+                s0,
+                s1,
+                *shares[p],
+            )
 
         threads.run(part, len(shares))
         gradients.add(way, int(bases[-1]), shares)
@@ -386,7 +471,12 @@ def warmup(cells=None, dtypes=("float32",), training=True) -> dict[str, float]:
         for dtype in dtypes:
             start = time.perf_counter()
             cell = CELLS[name]
-            shapes = {"weight_ih": (cell.gates, 1), "weight_hh": (cell.gates, 1), "bias_ih": (cell.gates,), "bias_hh": (cell.gates,)}
+            shapes = {
+                "weight_ih": (cell.gates, 1),
+                "weight_hh": (cell.gates, 1),
+                "bias_ih": (cell.gates,),
+                "bias_hh": (cell.gates,),
+            }
             if name == LSTM_PROJECTED.name:
                 shapes["weight_hr"] = (1, 1)
             params = {key: np.zeros(shape, dtype) for key, shape in shapes.items()}

@@ -1,8 +1,8 @@
 """Packed weights and the register-tiled product (CPU).
 
 A product adds A W to C for some rows. Each element of C gets its terms in one order, in blocks of k that are summed by
-themselves and then added, whatever tile it falls into: the same bits for any number of rows and threads, and errors that
-grow with the length of a block rather than of the whole sum.
+themselves and then added, whatever tile it falls into: the same bits for any number of rows and threads, and errors
+that grow with the length of a block rather than of the whole sum.
 
 Weights are packed as [panel][K][V][lanes]: a panel is V vectors of columns, and the loop over k reads it as one stream.
 A tile is some rows times one panel: its sums stay in registers over the whole loop. V is a property of the product's
@@ -21,7 +21,9 @@ from fastrnn.kernels.simd import INT32, INT64, REGISTERS, lanes, load, store
 
 VECTORS = 4  # vectors of columns in a panel of a plain product
 BLOCK = 128  # steps of k that are summed at a time: a panel's share of them stays in the first-level cache
-OUTER_BLOCK = 512  # the same in the weight gradients, whose sums are over rows: fewer visits of the gradient, which is large
+OUTER_BLOCK = (
+    512  # the same in the weight gradients, whose sums are over rows: fewer visits of the gradient, which is large
+)
 IN_FLIGHT = 8  # sums under way that hide the latency of a fused multiply-add
 
 
@@ -68,8 +70,11 @@ def _emit_tile(builder, vector, shape, a, w, c, k_count):
 
 
 @intrinsic
-def multiply_tile(typingctx, columns, rows, panels, a, a0, places, place, step, w, w0, w_panel, k_count, c, c0, c_row, c_panel):
-    """C[r, p] += sum over k of A[r, k] W[p, k] for one tile of `rows` rows (1 to rows_in_tile) and `panels` panels, k_count > 0.
+def multiply_tile(
+    typingctx, columns, rows, panels, a, a0, places, place, step, w, w0, w_panel, k_count, c, c0, c_row, c_panel
+):
+    """C[r, p] += sum over k of A[r, k] W[p, k] for one tile of `rows` rows (1 to rows_in_tile) and `panels` panels,
+    k_count > 0.
 
     A[r, k] stands at a[a0 + places[place + r] + k * step], W[p, k] at w[w0 + p * w_panel + k * V * lanes], C[r, p] (V
     vectors, is modified) at c[c0 + r * c_row + p * c_panel]. `panels` is 1 or panels_together(rows, V).
@@ -84,26 +89,42 @@ def multiply_tile(typingctx, columns, rows, panels, a, a0, places, place, step, 
     def emit(context, builder, sig, args):
         (_, rows, panels, a, a0, places, place, step, w, w0, w_panel, k_count, c, c0, c_row, c_panel) = args
         array = {name: sig.args[i] for name, i in (("a", 3), ("places", 5), ("w", 8), ("c", 12))}
-        pointer = lambda name, value, index, to=None: simd.address(context, builder, array[name], value, index, to)
-        times = lambda x, n: builder.mul(x, ir.Constant(INT64, n)) if n != 1 else x
+
+        def pointer(name, value, index):
+            return simd.address(context, builder, array[name], value, index)
+
+        def times(x, n):
+            return builder.mul(x, ir.Constant(INT64, n))
 
         def tile(shape):
-            at = [builder.load(pointer("places", places, builder.add(place, ir.Constant(INT64, r)))) for r in range(shape[0])]
+            at = [
+                builder.load(pointer("places", places, builder.add(place, ir.Constant(INT64, r))))
+                for r in range(shape[0])
+            ]
             a_rows = [pointer("a", a, builder.add(a0, offset)) for offset in at]
             w_panels = [pointer("w", w, builder.add(w0, times(w_panel, p))) for p in range(shape[1])]
             c_rows = [
-                [pointer("c", c, builder.add(c0, builder.add(times(c_row, r), times(c_panel, p)))) for p in range(shape[1])]
+                [
+                    pointer("c", c, builder.add(c0, builder.add(times(c_row, r), times(c_panel, p))))
+                    for p in range(shape[1])
+                ]
                 for r in range(shape[0])
             ]
 
             def w_at(k, p, v):
-                index = builder.add(builder.mul(k, ir.Constant(INT64, vectors * vector.lanes)), ir.Constant(INT64, v * vector.lanes))
+                index = builder.add(
+                    builder.mul(k, ir.Constant(INT64, vectors * vector.lanes)), ir.Constant(INT64, v * vector.lanes)
+                )
                 return builder.bitcast(builder.gep(w_panels[p], [index]), vector.llvm.as_pointer())
 
             def c_at(r, p, v):
-                return builder.bitcast(builder.gep(c_rows[r][p], [ir.Constant(INT64, v * vector.lanes)]), vector.llvm.as_pointer())
+                return builder.bitcast(
+                    builder.gep(c_rows[r][p], [ir.Constant(INT64, v * vector.lanes)]), vector.llvm.as_pointer()
+                )
 
-            _emit_tile(builder, vector, shape, lambda r, k: builder.gep(a_rows[r], [builder.mul(k, step)]), w_at, c_at, k_count)
+            _emit_tile(
+                builder, vector, shape, lambda r, k: builder.gep(a_rows[r], [builder.mul(k, step)]), w_at, c_at, k_count
+            )
 
         done = builder.append_basic_block("tile_end")
         which = builder.add(rows, builder.mul(panels, ir.Constant(INT64, 64)))
@@ -142,9 +163,23 @@ def multiply(columns, rows, panels, a, a0, places, place, w, w0, w_panel, k_coun
         for tile in range(tiles):
             height = (rows - r + tiles - tile - 1) // (tiles - tile)
             multiply_tile(
-                columns, height, panels, a, a0 + k, places, place + r, 1, w, w0 + k * len(columns) * lanes(w), w_panel,
-                count, c, c0 + r * c_row, c_row, c_panel,
-            )  # fmt: skip
+                columns,
+                height,
+                panels,
+                a,
+                a0 + k,
+                places,
+                place + r,
+                1,
+                w,
+                w0 + k * len(columns) * lanes(w),
+                w_panel,
+                count,
+                c,
+                c0 + r * c_row,
+                c_row,
+                c_panel,
+            )
             r += height
 
 
@@ -167,18 +202,20 @@ def _transpose(builder, vector, rows):
                 a, b = rows[i], rows[i + distance]
                 low = [j if j & distance == 0 else vector.lanes + j - distance for j in range(vector.lanes)]
                 high = [j + distance if j & distance == 0 else vector.lanes + j for j in range(vector.lanes)]
-                mask = lambda places: ir.Constant(ir.VectorType(INT32, len(places)), places)
-                rows[i] = builder.shuffle_vector(a, b, mask(low))
-                rows[i + distance] = builder.shuffle_vector(a, b, mask(high))
+                lanes_type = ir.VectorType(INT32, vector.lanes)
+                rows[i] = builder.shuffle_vector(a, b, ir.Constant(lanes_type, low))
+                rows[i + distance] = builder.shuffle_vector(a, b, ir.Constant(lanes_type, high))
         distance *= 2
     return rows
 
 
 @intrinsic
 def pack_block(typingctx, weight, at, row_size, rows, columns, packed, to, step):
-    """Write a square block of `weight` (flat, at `at`, rows row_size apart) transposed: its columns at packed[to], [to + step] ...
+    """Write a square block of `weight` (flat, at `at`, rows row_size apart) transposed: its columns at packed[to],
+    [to + step] ...
 
-    Of the block only `rows` rows and `columns` columns exist; missing rows count as zeros, missing columns are not written.
+    Of the block only `rows` rows and `columns` columns exist; missing rows count as zeros, missing columns are not
+    written.
     """
 
     def emit(context, builder, sig, args):
@@ -218,13 +255,23 @@ def pack_gates(source, weight, k_count, blocks, hidden, units, packed):
             row = (blocks[g] * hidden + unit) * k_count
             to = panel * k_count * step + (g * units + u) * width
             for k in range(0, k_count, width):
-                pack_block(weight, row + k, k_count, max(0, min(width, hidden - unit)), min(width, k_count - k),
-                           packed, to + k * step, step)  # fmt: skip
+                pack_block(
+                    weight,
+                    row + k,
+                    k_count,
+                    max(0, min(width, hidden - unit)),
+                    min(width, k_count - k),
+                    packed,
+                    to + k * step,
+                    step,
+                )
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def pack_columns(source, weight, columns, blocks, block_rows, packed):
-    """Pack `weight` [., N] (flat) as [panel][K][column], where K runs over the rows of `blocks`, into `packed` (is modified)."""
+    """Pack `weight` [., N] (flat) as [panel][K][column], where K runs over the rows of `blocks`, into `packed` (is
+    modified).
+    """
     width = VECTORS * lanes(packed)
     at = 0
     for first in range(0, columns, width):
@@ -238,7 +285,9 @@ def pack_columns(source, weight, columns, blocks, block_rows, packed):
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def pack_bias(source, bias, blocks, slot, slots, hidden, units, packed):
-    """Add the gate blocks `blocks` of a bias to `packed` [panel][slot][unit vector][lane] (is modified), from `slot` on."""
+    """Add the gate blocks `blocks` of a bias to `packed` [panel][slot][unit vector][lane] (is modified), from `slot`
+    on.
+    """
     panel_units = units * lanes(packed)
     for g in range(len(blocks)):
         for unit in range(hidden):
@@ -263,8 +312,8 @@ def _pack_rows(b, places, q0, count, first, width, columns, packed):
 def _pack_tiles(d, d0, d_row, m0, m1, count, height, packed):
     """packed[tile, q, r] = d[d0 + q * d_row + m0 + tile * height + r], for rows q < count.
 
-    Whole vectors are copied: what is too much is overwritten by the next ones, or lies behind the last tile. `d` is read up to
-    one vector behind its last row.
+    Whole vectors are copied: what is too much is overwritten by the next ones, or lies behind the last tile. `d` is
+    read up to one vector behind its last row.
     """
     width = lanes(d)
     for m in range(m0, m1, height):
@@ -278,8 +327,8 @@ def _pack_tiles(d, d0, d_row, m0, m1, count, height, packed):
 def add_outer_products(columns, d, d0, d_row, m0, m1, b, places, rows, n_count, c, tile_places, work):
     """C[m, n] += sum over rows q of D[q, m] B[q, n] for m0 <= m < m1.
 
-    D[q, m] stands at d[d0 + q * d_row + m], B[q, n] at b[places[q] + n], C [., n_count] is flat (is modified). tile_places is
-    0, 1, 2, ...; `work` has room for outer_work(V) numbers.
+    D[q, m] stands at d[d0 + q * d_row + m], B[q, n] at b[places[q] + n], C [., n_count] is flat (is modified).
+    tile_places is 0, 1, 2, ...; `work` has room for outer_work(V) numbers.
     """
     height = tile_rows(columns)
     width = len(columns) * lanes(b)
@@ -297,16 +346,50 @@ def add_outer_products(columns, d, d0, d_row, m0, m1, b, places, rows, n_count, 
                 for i in range(m, m_end, height):
                     tile = min(height, m_end - i)
                     if n >= width:
-                        multiply_tile(columns, tile, 1, work, (i - m) * OUTER_BLOCK, tile_places, 0, height, work, b_at, 0, count,
-                                      c, i * n_count + first, n_count, 0)  # fmt: skip
+                        multiply_tile(
+                            columns,
+                            tile,
+                            1,
+                            work,
+                            (i - m) * OUTER_BLOCK,
+                            tile_places,
+                            0,
+                            height,
+                            work,
+                            b_at,
+                            0,
+                            count,
+                            c,
+                            i * n_count + first,
+                            n_count,
+                            0,
+                        )
                     else:  # the last columns: by way of a whole tile
                         clear(work, c_at, tile * width)
-                        multiply_tile(columns, tile, 1, work, (i - m) * OUTER_BLOCK, tile_places, 0, height, work, b_at, 0, count,
-                                      work, c_at, width, 0)  # fmt: skip
+                        multiply_tile(
+                            columns,
+                            tile,
+                            1,
+                            work,
+                            (i - m) * OUTER_BLOCK,
+                            tile_places,
+                            0,
+                            height,
+                            work,
+                            b_at,
+                            0,
+                            count,
+                            work,
+                            c_at,
+                            width,
+                            0,
+                        )
                         for r in range(tile):
                             to = (i + r) * n_count + first
                             for j in range(0, n, lanes(c)):
-                                store(c, to + j, load(c, to + j, n - j) + load(work, c_at + r * width + j, n - j), n - j)
+                                store(
+                                    c, to + j, load(c, to + j, n - j) + load(work, c_at + r * width + j, n - j), n - j
+                                )
 
 
 OUTER_TILES = 32  # tiles of D that are packed at a time: they stay in the second-level cache

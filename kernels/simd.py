@@ -46,8 +46,8 @@ def _assembly(code: str) -> str:
 def machine() -> dict:
     """Width in bits and number of the vector registers, and whether there is a fused multiply-add.
 
-    Asked of the compiler itself rather than of a list of CPU names: sixteen floats are added, and the registers that the
-    compiler uses for it are looked at.
+    Asked of the compiler itself rather than of a list of CPU names: sixteen floats are added, and the registers that
+    the compiler uses for it are looked at.
     """
     text = _assembly(
         "declare <16 x float> @llvm.fmuladd.v16f32(<16 x float>, <16 x float>, <16 x float>)\n"
@@ -114,7 +114,7 @@ def call_llvm(builder, name, vector, *values):
 
 
 def multiply_add(builder, vector, a, b, c):
-    """a * b + c, in one instruction where the CPU has it (a call of libm's fma where not would cost a hundred times)."""
+    """a * b + c, in one instruction where the CPU has it (libm's fma would take a hundred times as long)."""
     return call_llvm(builder, "fmuladd", vector, a, b, c)
 
 
@@ -322,7 +322,8 @@ def with_sign_of(builder, vector, x, y):
 @_vector_function(1)
 def nearest(builder, vector, x):
     """x rounded to the nearest integer."""
-    # Adding and taking away 1.5 * 2^(mantissa bits) rounds in two additions on every CPU; llvm.rint is a call without SSE4.
+    # Adding and taking away 1.5 * 2^(mantissa bits) rounds in two additions on every CPU; llvm.rint is a call without
+    # SSE4.
     shift = constant(vector, 1.5 * 2.0 ** (23 if vector.dtype == types.float32 else 52))
     return builder.fsub(builder.fadd(x, shift), shift)
 
@@ -374,7 +375,8 @@ def exp_series(builder, vector, r):
     return total
 
 
-# log(2) in two parts: the first has few enough bits that its product with a whole number is exact (Cody and Waite 1980).
+# log(2) in two parts: the first has few enough bits that its product with a whole number is exact (Cody and Waite
+# 1980).
 LOG2_HIGH = 355 / 512
 LOG2_LOW = -0.00021219444005469058277
 

@@ -4,8 +4,9 @@ A kernel is one function for all cells. It takes :class:`fastrnn.kernels.cells.S
 type carries everything about them: each cell gets its own compiled kernel, in which ``stage.gates`` is a constant and
 ``stage.forward(...)`` the cell's formula, inlined.
 
-The type's name also holds a checksum of the sources that a kernel is made of. Numba's cache looks at the types of a kernel's
-arguments and at the file that the kernel stands in, but not at the files that this one uses: the checksum does.
+The type's name also holds a checksum of the sources that a kernel is made of. Numba's cache looks at the types of a
+kernel's arguments and at the file that the kernel stands in, but not at the files that this one uses: the checksum
+does.
 """
 
 from __future__ import annotations
@@ -15,8 +16,14 @@ from pathlib import Path
 
 from numba.core import types
 from numba.extending import (
-    NativeValue, models, overload_attribute, overload_method, register_model, typeof_impl, unbox,
-)  # fmt: skip
+    NativeValue,
+    models,
+    overload_attribute,
+    overload_method,
+    register_model,
+    typeof_impl,
+    unbox,
+)
 
 from fastrnn.kernels.cells import CELLS, Stage
 from fastrnn.kernels.product import VECTORS

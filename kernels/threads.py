@@ -1,7 +1,8 @@
 """How a pass is split over threads, and whose threads.
 
-Plain Python threads run kernels that have released the interpreter's lock. The pool is taken whole or not at all: a caller
-who finds it taken runs on its own thread. Idle threads sleep. A forked child starts without a pool and makes its own.
+Plain Python threads run kernels that have released the interpreter's lock. The pool is taken whole or not at all: a
+caller who finds it taken runs on its own thread. Idle threads sleep. A forked child starts without a pool and makes
+its own.
 """
 
 from __future__ import annotations
@@ -56,7 +57,9 @@ class _Pool:
 
     def run(self, part, parts):
         self._grow(parts - 1)
-        done: SimpleQueue = SimpleQueue()  # of this call alone: one that was interrupted leaves nothing behind for the next
+        done: SimpleQueue = (
+            SimpleQueue()
+        )  # of this call alone: one that was interrupted leaves nothing behind for the next
         error: BaseException | None = None
         waiting = 0
         try:

@@ -1,7 +1,7 @@
 """The walk through time on the CPU, compiled: forward and backward of one layer in one direction, for some of its rows.
 
-Rows (sequences) are independent of each other, so each thread walks through time with rows of its own. Rows are kept in the
-order of decreasing length: those that are active at step t are the first ``active[t]`` ones, and row j is row
+Rows (sequences) are independent of each other, so each thread walks through time with rows of its own. Rows are kept
+in the order of decreasing length: those that are active at step t are the first ``active[t]`` ones, and row j is row
 ``order[j]`` of the caller's batch.
 
 Within a step, a stage takes one panel of hidden units at a time: the products with x and h go into a few gate sums,
@@ -130,15 +130,33 @@ def _project_ahead(stage, size, walk, weights, s, s1, row0, row1, sums):
     for p in range(panels):
         for r in range(rows):
             _fill(sums.first, (r * panels + p) * panel, weights.bias, p * panel, panel)
-        multiply(stage.x_columns, rows, 1, walk.x, 0, sums.x, 0, weights.x, p * w_panel, 0, size.inputs,
-                 sums.first, p * panel, panels * panel, 0)  # fmt: skip
+        multiply(
+            stage.x_columns,
+            rows,
+            1,
+            walk.x,
+            0,
+            sums.x,
+            0,
+            weights.x,
+            p * w_panel,
+            0,
+            size.inputs,
+            sums.first,
+            p * panel,
+            panels * panel,
+            0,
+        )
 
 
 @register_jitable
-def _forward_stage(stage, results, k_count, size, walk, weights, values, before, now, row0, rows, g, projected, places, sums):
+def _forward_stage(
+    stage, results, k_count, size, walk, weights, values, before, now, row0, rows, g, projected, places, sums
+):
     """One stage of one step, with `results` hidden units, for `rows` rows from row0 on: products, then the cell.
 
-    Row r's sums bias + W_ih x stand in row projected + r of g; where projected < 0 they are made here, at places[r] of x.
+    Row r's sums bias + W_ih x stand in row projected + r of g; where projected < 0 they are made here, at places[r]
+    of x.
     """
     width = lanes(g)
     value_size = 2 * size.batch * size.ld
@@ -161,10 +179,40 @@ def _forward_stage(stage, results, k_count, size, walk, weights, values, before,
                 for r in range(n):
                     _fill(g, r * g_row, weights.bias, p * panel, g_row)
                 if len(stage.x_blocks) > 0:
-                    multiply(stage.x_columns, n, count, walk.x, 0, places, r0, weights.x, p * x_panel, x_panel, size.inputs,
-                             g, g0, g_row, panel)  # fmt: skip
-            multiply(stage.h_columns, n, count, values, operand, sums.values, row0 + r0, weights.h, p * h_panel, h_panel, k_count,
-                     g, g0 + h_start, g_row, panel)  # fmt: skip
+                    multiply(
+                        stage.x_columns,
+                        n,
+                        count,
+                        walk.x,
+                        0,
+                        places,
+                        r0,
+                        weights.x,
+                        p * x_panel,
+                        x_panel,
+                        size.inputs,
+                        g,
+                        g0,
+                        g_row,
+                        panel,
+                    )
+            multiply(
+                stage.h_columns,
+                n,
+                count,
+                values,
+                operand,
+                sums.values,
+                row0 + r0,
+                weights.h,
+                p * h_panel,
+                h_panel,
+                k_count,
+                g,
+                g0 + h_start,
+                g_row,
+                panel,
+            )
             for r in range(n):
                 for i in range(count * stage.units):
                     unit = p * panel_units + i * width
@@ -222,11 +270,41 @@ def forward_rows(first, second, size, walk, weights, weights2, states, values, f
                 for v in range(states):
                     clear(values, v * value_size + before + (row0 + r) * size.ld, size.ld)
         here = projected if sums.ahead > 0 else -1
-        _forward_stage(first, size.hidden, size.h, size, walk, weights, values, before, now, row0, rows, sums.first, here,
-                       sums.x, sums)  # fmt: skip
+        _forward_stage(
+            first,
+            size.hidden,
+            size.h,
+            size,
+            walk,
+            weights,
+            values,
+            before,
+            now,
+            row0,
+            rows,
+            sums.first,
+            here,
+            sums.x,
+            sums,
+        )
         if second is not None:
-            _forward_stage(second, size.h, size.hidden, size, walk, weights2, values, before, now, row0, rows, sums.second, -1,
-                           sums.x[max(here, 0):], sums)  # fmt: skip
+            _forward_stage(
+                second,
+                size.h,
+                size.hidden,
+                size,
+                walk,
+                weights2,
+                values,
+                before,
+                now,
+                row0,
+                rows,
+                sums.second,
+                -1,
+                sums.x[max(here, 0) :],
+                sums,
+            )
         projected += rows
         still = 0
         if walk.reverse:
@@ -276,7 +354,9 @@ def _copy(source, at, target, to, count):
 
 @register_jitable
 def _backward_stage(stage, results, size, walk, way, dh, d_output, d_column, rows, row0, q0):
-    """Gate gradients of one stage of one step, from the gradient dh of its `results` results, into way.d (is modified)."""
+    """Gate gradients of one stage of one step, from the gradient dh of its `results` results, into way.d (is
+    modified).
+    """
     width = lanes(way.d)
     for r in range(rows):
         row, q = row0 + r, q0 + r
@@ -296,12 +376,31 @@ def _backward_stage(stage, results, size, walk, way, dh, d_output, d_column, row
 
 @_kernel
 def backward_rows(
-    first, second, size, walk, states, way, wx, x_rows, wh, h_column, wh2, h_column2, d_output, dx, g, places, s0, s1, row0, row1
-):  # fmt: skip
+    first,
+    second,
+    size,
+    walk,
+    states,
+    way,
+    wx,
+    x_rows,
+    wh,
+    h_column,
+    wh2,
+    h_column2,
+    d_output,
+    dx,
+    g,
+    places,
+    s0,
+    s1,
+    row0,
+    row1,
+):
     """Steps s1 - 1 down to s0 of rows row0 to row1. Is modified: way, dx, and the scratch arrays g and places.
 
-    wh and wh2 are the packed weights of the stages' products with h, whose gate gradients begin at the columns h_column and
-    h_column2 of way.d; the x_rows first columns are those of wx.
+    wh and wh2 are the packed weights of the stages' products with h, whose gate gradients begin at the columns
+    h_column and h_column2 of way.d; the x_rows first columns are those of wx.
     """
     for s in range(s1 - 1, s0 - 1, -1):
         t = time_of(walk, size, s)
@@ -321,7 +420,9 @@ def backward_rows(
             _backward_stage(second, size.h, size, walk, way, way.dh, d_output, d_column, rows, row0, q0)
             _multiply_panels(way.d, h_column2, places, rows, wh2, size.h, way.middle, to, size.ld, size.hidden)
             _backward_stage(first, size.hidden, size, walk, way, way.middle, d_output[:0], 0, rows, row0, q0)
-        _multiply_panels(way.d, h_column, places, rows, wh, len(first.h_blocks) * size.hidden, way.dh, to, size.ld, size.h)
+        _multiply_panels(
+            way.d, h_column, places, rows, wh, len(first.h_blocks) * size.hidden, way.dh, to, size.ld, size.h
+        )
         for r in range(rows):
             if is_reset(walk, way.numbers[q0 + r]):
                 clear(way.dh, to + r * size.ld, size.ld)
