@@ -25,7 +25,7 @@ test-all: $(VENV)/.test-all ## run the tests with every optional package: PyTorc
 	@$(BIN)/python -m pytest tests benchmarks --benchmark-disable -rs $(ARGS)
 
 bench: $(VENV)/.test ## time every cell on the grid of shapes against the NumPy reference (ARGS=--quick for a few shapes)
-	@$(BIN)/python -m pytest benchmarks $(ARGS)
+	@$(BIN)/python -m pytest benchmarks --benchmark-sort=name --benchmark-columns=median,iqr,rounds $(ARGS)
 
 check: $(VENV)/.check ## lint, formatting and types
 	@$(BIN)/ruff check

@@ -3,7 +3,7 @@
 import pytest
 
 import fastrnn.machine
-from grid import QUICK, SHAPES, shape_name
+from grid import QUICK, SHAPES, TINY, shape_name
 
 
 def pytest_addoption(parser):
@@ -13,7 +13,7 @@ def pytest_addoption(parser):
 def pytest_generate_tests(metafunc):
     if "shape" in metafunc.fixturenames:
         option = metafunc.config.option
-        shapes = QUICK if option.quick or option.benchmark_disable else SHAPES
+        shapes = TINY if option.benchmark_disable else QUICK if option.quick else SHAPES
         metafunc.parametrize("shape", shapes, ids=shape_name)
 
 

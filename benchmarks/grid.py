@@ -24,6 +24,9 @@ SHAPES = (
 #: Enough to see that everything works, and roughly how fast.
 QUICK = ((1, 1, 64, 64), (100, 1, 128, 128), (100, 8, 128, 128), (100, 32, 64, 64))
 
+#: For benchmarks that run as tests: sizes that fill no vector.
+TINY = ((1, 1, 64, 64), (10, 3, 20, 30))
+
 
 def shape_name(shape: tuple[int, int, int, int]) -> str:
     """'100,32,128,128': T, B, I, H."""

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import pytest
 
 import fastrnn
-from grid import CELLS
+from grid import CELLS, shape_name
 from libraries import LIBRARIES, check
 
 
@@ -42,7 +42,7 @@ if importlib.util.find_spec("torch"):
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("operation", ["forward", "backward", "step"])
 def test_layer(benchmark, machine, operation, cell, shape, implementation):
-    benchmark.group = f"{operation} {cell} {','.join(map(str, shape))}"
+    benchmark.group = f"{operation} {cell} {shape_name(shape)}"
     benchmark.extra_info.update(machine, threads=implementation.threads)
     with implementation.own_threads():
         contestant = LIBRARIES[implementation.library](cell, shape)
