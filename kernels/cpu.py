@@ -28,7 +28,7 @@ from fastrnn.kernels.product import (
     rows_in_tile,
 )
 from fastrnn.kernels.simd import VECTOR_BITS, machine
-from fastrnn.kernels.stage import SOURCE, units
+from fastrnn.kernels.stage import SOURCE, call, units
 from fastrnn.kernels.walk import (
     ROWS,
     TILE_ROWS,
@@ -87,8 +87,8 @@ class Tape(NamedTuple):
 
 def _sort(lengths, steps, batch) -> Rows:
     if lengths is None:
-        return Rows(np.arange(batch), np.full(steps, batch), None)
-    order = np.argsort(-lengths, kind="stable")
+        return Rows(np.arange(batch, dtype=np.int64), np.full(steps, batch, np.int64), None)
+    order = np.argsort(-lengths, kind="stable").astype(np.int64, copy=False)
     active = np.searchsorted(-lengths[order], -np.arange(steps), side="left").astype(np.int64)
     return Rows(order, active, lengths[order])
 
@@ -145,14 +145,24 @@ def _shares(rows, flops):
 def _pack_gates(stage, weight, blocks, results, width):
     panels = -(-results // (units(stage) * width))
     packed = _aligned(panels * weight.shape[1] * len(blocks) * units(stage) * width, weight.dtype)
-    pack_gates(SOURCE, _flat(weight), weight.shape[1], _constant(*blocks), results, units(stage), packed)
+    call(
+        pack_gates,
+        weight.dtype,
+        SOURCE,
+        _flat(weight),
+        weight.shape[1],
+        _constant(*blocks),
+        results,
+        units(stage),
+        packed,
+    )
     return packed
 
 
 def _pack_columns(weight, blocks, block_rows, width):
     line = VECTORS * width
     packed = _aligned(-(-weight.shape[1] // line) * len(blocks) * block_rows * line, weight.dtype)
-    pack_columns(SOURCE, _flat(weight), weight.shape[1], _constant(*blocks), block_rows, packed)
+    call(pack_columns, weight.dtype, SOURCE, _flat(weight), weight.shape[1], _constant(*blocks), block_rows, packed)
     return packed
 
 
@@ -166,20 +176,12 @@ def _pack_stage(stage, params, size) -> Weights:
     h = _pack_gates(stage, params["weight_hh" if gated else "weight_hr"], stage.h_blocks, results, width)
     bias = _aligned(-(-results // (units(stage) * width)) * stage.gates * units(stage) * width, dtype, zero=True)
     if gated and "bias_ih" in params:
-        pack_bias(
-            SOURCE, _flat(params["bias_ih"]), _constant(*stage.x_blocks), 0, stage.gates, results, units(stage), bias
-        )
-        start = stage.gates - len(stage.h_blocks)
-        pack_bias(
-            SOURCE,
-            _flat(params["bias_hh"]),
-            _constant(*stage.h_blocks),
-            start,
-            stage.gates,
-            results,
-            units(stage),
-            bias,
-        )
+        for name, blocks, slot in (
+            ("bias_ih", stage.x_blocks, 0),
+            ("bias_hh", stage.h_blocks, stage.gates - len(stage.h_blocks)),
+        ):
+            numbers = _constant(*blocks)
+            call(pack_bias, dtype, SOURCE, _flat(params[name]), numbers, slot, stage.gates, results, units(stage), bias)
     return Weights(x if gated else h, h, bias)
 
 
@@ -257,7 +259,9 @@ def forward(cell, x, params, state, *, lengths=None, reset=None, reverse=False, 
         s1 = min(s0 + length, size.steps)
 
         def part(p, _, s0=s0, s1=s1):
-            forward_rows(
+            call(
+                forward_rows,
+                (cell.name, dtype),
                 first,
                 second,
                 size,
@@ -314,7 +318,7 @@ def _way(tape, d_state, most_rows, d_row) -> Way:
 class _Gradients:
     """The gradients of the parameters while they are being summed."""
 
-    def __init__(self, tape, h_columns):
+    def __init__(self, tape, h_columns, parts):
         cell, size, dtype = tape.cell, tape.size, tape.x.dtype
         width = VECTOR_BITS // (8 * dtype.itemsize)
         self.tape = tape
@@ -323,8 +327,8 @@ class _Gradients:
         self.weight_ih = np.zeros((len(self.x_blocks) * size.hidden, size.inputs), dtype)
         self.others = {k: np.zeros(p.shape, dtype) for k, p in tape.params.items() if k in ("weight_hh", "weight_hr")}
         self.bias = np.zeros(cell.slots * size.hidden, dtype)
-        self.scratch = lambda: _aligned(outer_work(VECTORS, width), dtype)
-        self.tile_places = np.arange(TILE_ROWS)
+        self.scratch = [_aligned(outer_work(VECTORS, width), dtype) for _ in range(parts)]
+        self.tile_places = np.arange(TILE_ROWS, dtype=np.int64)
 
     def products(self, way, rows):
         """(first column of d, operand, places of its rows, its columns, gradient) of each weight."""
@@ -334,7 +338,7 @@ class _Gradients:
         done = 0
         for stage, column in zip(cell.stages, self.h_columns, strict=False):
             if stage.operand == 0:
-                operand, places, count = way.previous, np.arange(rows) * size.ld, size.h
+                operand, places, count = way.previous, np.arange(rows, dtype=np.int64) * size.ld, size.h
             else:  # what the first stage handed over stands in its tape
                 place = cell.stages[0].saves[-1]
                 operand, places, count = walk.tape, numbers * walk.tape_row + place * size.hidden, size.hidden
@@ -345,32 +349,20 @@ class _Gradients:
                 into = self.others["weight_hr"]
             yield column, operand, places, count, into
 
-    def add(self, way, rows, shares):
+    def add(self, way, rows):
         """Add the sums over the first rows of way.d."""
         products = [(d0, _flat(b), at, n, c.shape[0], c.reshape(-1)) for d0, b, at, n, c in self.products(way, rows)]
-        scratch = [self.scratch() for _ in shares]
+        dtype, scratch = way.d.dtype, self.scratch
 
         def part(p, parts):
             for d0, b, places, n_count, m_count, c in products:
-                weight_gradient(
-                    SOURCE,
-                    way.d,
-                    d0,
-                    way.d_row,
-                    m_count,
-                    b,
-                    places,
-                    rows,
-                    n_count,
-                    c,
-                    self.tile_places,
-                    scratch[p],
-                    p,
-                    parts,
-                )
-            bias_gradient(SOURCE, way.d, way.d_row, rows, len(self.bias), self.bias, p, parts)
+                call(
+                    weight_gradient, dtype, SOURCE, way.d, d0, way.d_row, m_count, b, places, rows, n_count, c,
+                    self.tile_places, scratch[p], p, parts,
+                )  # fmt: skip
+            call(bias_gradient, dtype, SOURCE, way.d, way.d_row, rows, len(self.bias), self.bias, p, parts)
 
-        threads.run(part, len(shares))
+        threads.run(part, len(scratch))
 
     def named(self):
         """Gradients under the parameters' names, gate blocks in their order."""
@@ -413,8 +405,8 @@ def backward(tape, d_output, d_state):
         rows.active[::-1] if walk.reverse else rows.active, d_row * dtype.itemsize, _slice(cell, size, flops)
     )
     way = _way(tape, d_state, int(max((bases[-1] for _, _, bases in chunks), default=0)), d_row)
-    gradients = _Gradients(tape, (h_column, h_column2))
     shares = _shares(rows, flops)
+    gradients = _Gradients(tape, (h_column, h_column2), len(shares))
     scratch = [
         (_aligned(ROWS * VECTORS * width, dtype), np.empty(max(last - start, 2 * ROWS), np.int64))
         for start, last in shares
@@ -423,7 +415,9 @@ def backward(tape, d_output, d_state):
         here = way._replace(bases=bases)
 
         def part(p, _, s0=s0, s1=s1, here=here):
-            backward_rows(
+            call(
+                backward_rows,
+                (cell.name, dtype),
                 first,
                 second,
                 size,
@@ -445,7 +439,7 @@ def backward(tape, d_output, d_state):
             )
 
         threads.run(part, len(shares))
-        gradients.add(way, int(bases[-1]), shares)
+        gradients.add(way, int(bases[-1]))
     return dx, gradients.named(), _state_gradients(tape, way)
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import zlib
 from pathlib import Path
 
+from numba import typeof
 from numba.core import types
 from numba.extending import (
     NativeValue,
@@ -123,3 +124,20 @@ def _forward(stage, gates, state):
 def _backward(stage, dh, carried, saved, state):
     function = STAGES[stage.stage_name].backward
     return lambda stage, dh, carried, saved, state: function(dh, carried, saved, state)
+
+
+_entries: dict = {}
+
+
+def call(kernel, key, *args):
+    """kernel(*args), without looking at the arguments' types each time: `key` stands for them.
+
+    Numba's own dispatch takes 10 µs for each argument of a type that it does not know. Whoever calls by a key gives
+    arguments of the same types with it every time, or the process ends.
+    """
+    entry = _entries.get((kernel, key))
+    if entry is None:
+        types_of = tuple(map(typeof, args))
+        kernel.compile(types_of)
+        entry = _entries[kernel, key] = kernel.overloads[types_of].entry_point
+    return entry(*args)
