@@ -43,11 +43,11 @@ class Gradients:
 class Tape:
     """What `backward` needs of a `forward`. It may be used any number of times, by the layer that made it.
 
-    It refers to x and to the layer's parameters, and does not copy them: backward has to see them as forward did.
+    It refers to what forward was given, what it returned and the layer's parameters, and copies none of them: backward
+    has to see them as forward left them.
     """
 
-    layer: str  # its repr, for a message
-    parameters: Parameters  # whose identity is the layer's
+    layer: "Recurrent"
     backend: Any
     tapes: list[Any]
     masks: list[Array]  # of the dropout before layer 1, 2, ...; empty without dropout
@@ -79,51 +79,25 @@ class Recurrent:
     parameters = property(attrgetter("_parameters"), doc="The parameters by name; see `fastrnn.weights.Parameters`.")
 
     def __init__(
-        self,
-        cell: str,
-        input_size: int,
-        hidden_size: int,
-        num_layers: int,
-        bias: bool,
-        batch_first: bool,
-        dropout: float,
-        bidirectional: bool,
-        proj_size: int,
-        *,
-        dtype: Any,
-        seed: int | None,
-        backend: str | None,
-        recurrent_init: str,
-        forget_bias: float | None = None,
+        self, *, seed: int | None, recurrent_init: str, forget_bias: float | None = None, **options: Any
     ) -> None:
-        self._configure(
-            cell,
-            input_size,
-            hidden_size,
-            num_layers,
-            bias,
-            batch_first,
-            dropout,
-            bidirectional,
-            proj_size,
-            dtype,
-            backend,
-        )
+        self._configure(**options)
         seed = None if seed is None else functional.check_integer("seed", seed, 0)
         if recurrent_init not in ("uniform", "orthogonal"):
             raise ValueError(f"recurrent_init is {recurrent_init!r}, expected 'uniform' or 'orthogonal'")
         if forget_bias is not None:
             forget_bias = _check_number("forget_bias", forget_bias)
-            if not bias:
+            if not self._spec.bias:
                 raise ValueError(f"forget_bias is {forget_bias} with bias=False, expected None")
         self._check_memory()
         self._start(_initial(self._spec, self._dtype, seed, recurrent_init, forget_bias), seed)
-        if self._dropout and num_layers == 1:
+        if self._dropout and self._spec.num_layers == 1:
             message = f"dropout is {self._dropout}, which does nothing with num_layers=1: it acts between layers"
             warnings.warn(message, stacklevel=3)
 
     def _configure(
         self,
+        *,
         cell: str,
         input_size: int,
         hidden_size: int,
@@ -132,7 +106,7 @@ class Recurrent:
         batch_first: bool,
         dropout: float,
         bidirectional: bool,
-        proj_size: int,
+        proj_size: int = 0,
         dtype: Any,
         backend: str | None,
     ) -> None:
@@ -241,7 +215,7 @@ class Recurrent:
         output, state
             As from a call of the layer.
         tape : Tape
-            Until `backward` has been called, leave x and the parameters as they are: the tape refers to them.
+            It refers to x, state, output and the parameters: until `backward` has been called, leave them as they are.
 
         Raises
         ------
@@ -296,8 +270,8 @@ class Recurrent:
         """
         if not isinstance(tape, Tape):
             raise TypeError(f"tape is a {type(tape).__name__}, expected what this layer's forward returned")
-        if tape.parameters is not self._parameters:
-            raise ValueError(f"tape is of another layer, {tape.layer}, expected one of this {self!r}")
+        if tape.layer._parameters is not self._parameters:
+            raise ValueError(f"tape is of another layer, {tape.layer!r}, expected one of this {self!r}")
         spec, D, W = self._spec, self._spec.directions, self._spec.output_size
         d_h = self._check_state("d_state", d_state, tape.B, tape.batched, optional=True)
         functional.check_any_gradient(d_output, d_h)
@@ -422,7 +396,7 @@ class Recurrent:
                 last.append(new)
                 tapes.append(tape)
             x = output
-        tape = Tape(repr(self), self._parameters, kernels, tapes, masks, T, B, batched) if training else None
+        tape = Tape(self, kernels, tapes, masks, T, B, batched) if training else None
         return self._give(x, batched), self._join(last, batched), tape
 
     def _mask(self, shape: tuple[int, ...]) -> Array:
@@ -756,15 +730,14 @@ class RNN(Recurrent):
         if nonlinearity not in ("tanh", "relu", "sigmoid"):
             raise ValueError(f"nonlinearity is {nonlinearity!r}, expected 'tanh', 'relu' or 'sigmoid'")
         super().__init__(
-            f"rnn_{nonlinearity}",
-            input_size,
-            hidden_size,
-            num_layers,
-            bias,
-            batch_first,
-            dropout,
-            bidirectional,
-            0,
+            cell=f"rnn_{nonlinearity}",
+            input_size=input_size,
+            hidden_size=hidden_size,
+            num_layers=num_layers,
+            bias=bias,
+            batch_first=batch_first,
+            dropout=dropout,
+            bidirectional=bidirectional,
             dtype=dtype,
             seed=seed,
             backend=backend,
@@ -846,15 +819,15 @@ class LSTM(Recurrent):
         forget_bias: float | None = None,
     ) -> None:
         super().__init__(
-            "lstm",
-            input_size,
-            hidden_size,
-            num_layers,
-            bias,
-            batch_first,
-            dropout,
-            bidirectional,
-            proj_size,
+            cell="lstm",
+            input_size=input_size,
+            hidden_size=hidden_size,
+            num_layers=num_layers,
+            bias=bias,
+            batch_first=batch_first,
+            dropout=dropout,
+            bidirectional=bidirectional,
+            proj_size=proj_size,
             dtype=dtype,
             seed=seed,
             backend=backend,
@@ -932,15 +905,14 @@ class GRU(Recurrent):
         recurrent_init: str = "uniform",
     ) -> None:
         super().__init__(
-            "gru" if functional.check_flag("reset_after", reset_after) else "gru_reset_before",
-            input_size,
-            hidden_size,
-            num_layers,
-            bias,
-            batch_first,
-            dropout,
-            bidirectional,
-            0,
+            cell="gru" if functional.check_flag("reset_after", reset_after) else "gru_reset_before",
+            input_size=input_size,
+            hidden_size=hidden_size,
+            num_layers=num_layers,
+            bias=bias,
+            batch_first=batch_first,
+            dropout=dropout,
+            bidirectional=bidirectional,
             dtype=dtype,
             seed=seed,
             backend=backend,

@@ -135,21 +135,21 @@ class Parameters(dict[str, np.ndarray]):
     """
 
     def __setitem__(self, name: str, value: Any) -> None:
-        if name not in self:
-            raise KeyError(f"there is no parameter {name!r}, only {_some(self)}")
-        array = self[name]
-        if value is not array:  # the last step of parameters[name] -= ... assigns what is there already
-            array[...] = check_value(name, value, array.shape)
+        if name not in self or value is not self[name]:  # which the last step of parameters[name] -= ... assigns
+            self.update({name: value})
 
     def update(self, *args: Any, **kwargs: Any) -> None:
-        """Assign each of the given arrays; all of them are checked before the first is written."""
+        """Assign each of the given arrays, rounded to the parameters' dtype: all of them or, after an error, none."""
         values = dict(*args, **kwargs)
         for name in values:
             if name not in self:
                 raise KeyError(f"there is no parameter {name!r}, only {_some(self)}")
-        checked = {name: check_value(name, value, self[name].shape) for name, value in values.items()}
-        for name, value in checked.items():
-            self[name][...] = value
+        # Copies, all made before the first is written: a value may be a view of another parameter.
+        new = {
+            name: check_value(name, value, self[name].shape).astype(self[name].dtype) for name, value in values.items()
+        }
+        for name, array in new.items():
+            self[name][...] = array
 
     def __ior__(self, other: Any) -> "Parameters":  # type: ignore[override, misc]
         self.update(other)

@@ -444,11 +444,22 @@ class TestParameters:
         assert not same.any()
         assert layer.parameters["bias_hh_l1"].all()
 
+    def test_update_may_exchange_parameters(self):
+        layer = GRU(H, H, seed=0)
+        before = layer.state_dict()
+        layer.parameters.update(
+            weight_ih_l0=layer.parameters["weight_hh_l0"], weight_hh_l0=layer.parameters["weight_ih_l0"]
+        )
+        assert_same_bits(layer.parameters["weight_hh_l0"], before["weight_ih_l0"])
+        assert_same_bits(layer.parameters["weight_ih_l0"], before["weight_hh_l0"])
+
     def test_update_changes_all_or_nothing(self):
         layer = GRU(I, H, seed=0)
         before = layer.state_dict()
         with pytest.raises(ValueError, match="bias_hh_l0 has shape"):
             layer.parameters.update(bias_ih_l0=np.ones(3 * H), bias_hh_l0=np.ones(2))
+        with pytest.raises(RuntimeWarning, match="overflow"):  # an error here, a warning elsewhere
+            layer.parameters.update(bias_ih_l0=np.ones(3 * H), bias_hh_l0=np.full(3 * H, 1e300))
         assert_same_bits(layer.state_dict(), before)
 
     def test_state_dict_is_a_copy(self):
