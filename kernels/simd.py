@@ -286,6 +286,29 @@ def store_each(typingctx, array, index, places, step, values, n):
     return types.void(array, types.intp, places, types.intp, values, types.intp), emit
 
 
+def _without_owner(context, builder, typ, value):
+    if isinstance(typ, types.Array):
+        array = context.make_array(typ)(context, builder, value)
+        for field in ("meminfo", "parent"):
+            setattr(array, field, ir.Constant(getattr(array, field).type, None))
+        return array._getvalue()
+    if isinstance(typ, types.BaseTuple):
+        items = [
+            _without_owner(context, builder, item, builder.extract_value(value, i)) for i, item in enumerate(typ.types)
+        ]
+        return context.make_tuple(builder, typ, items)
+    return value
+
+
+@intrinsic
+def borrowed(typingctx, value):
+    """An array, or a tuple of them, that the kernel's caller keeps alive: handing it on counts no references.
+
+    Counting is an atomic operation for each array and call, and slower still where threads share the array.
+    """
+    return value(value), lambda context, builder, sig, args: _without_owner(context, builder, sig.args[0], args[0])
+
+
 # ---- functions
 
 

@@ -18,7 +18,7 @@ from numba import njit
 from numba.extending import register_jitable
 
 from fastrnn.kernels.product import IN_FLIGHT, VECTORS, add_outer_products, clear, multiply, rows_in_tile
-from fastrnn.kernels.simd import lanes, load, load_each, store, store_each
+from fastrnn.kernels.simd import borrowed, lanes, load, load_each, store, store_each
 
 ROWS = 48  # rows whose gate sums are under way at a time: they stay in the first-level cache
 COLUMNS = tuple(range(VECTORS))  # of a panel in a plain product
@@ -247,6 +247,8 @@ def forward_rows(first, second, size, walk, weights, weights2, states, values, f
     values [V, 2, B, ld] holds each state, and each value that one stage hands to the next, before and after the step in
     turn; final [states, B, ld] the states that rows end with.
     """
+    walk, sums, values, final = borrowed(walk), borrowed(sums), borrowed(values), borrowed(final)
+    weights, weights2 = borrowed(weights), borrowed(weights2)
     slot, value_size = size.batch * size.ld, 2 * size.batch * size.ld
     for row in range(size.batch):
         sums.values[row] = row * size.ld
@@ -402,6 +404,8 @@ def backward_rows(
     wh and wh2 are the packed weights of the stages' products with h, whose gate gradients begin at the columns
     h_column and h_column2 of way.d; the x_rows first columns are those of wx.
     """
+    walk, way, wx, wh, wh2 = borrowed(walk), borrowed(way), borrowed(wx), borrowed(wh), borrowed(wh2)
+    d_output, dx, g, places = borrowed(d_output), borrowed(dx), borrowed(g), borrowed(places)
     for s in range(s1 - 1, s0 - 1, -1):
         t = time_of(walk, size, s)
         rows = rows_at(walk, t, row0, row1)
