@@ -646,7 +646,7 @@ class Recurrent:
 
     def _own_options(self) -> dict[str, tuple[Any, Any]]:
         """Return the options that this layer alone has, each with its default."""
-        return {}
+        raise NotImplementedError
 
 
 class RNN(Recurrent):

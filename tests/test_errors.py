@@ -2,7 +2,9 @@
 compute and with nothing changed. One line here for every message.
 """  # fmt: skip
 
+import os
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -322,8 +324,14 @@ def test_huge_sizes_are_refused_in_words(monkeypatch):
     check(MemoryError, "num_layers 1 needs 1072 bytes of memory, and this machine has 100 bytes", GRU, 1, 1)
 
 
-def test_memory_of_this_machine_is_known():
+def test_memory_of_this_machine_is_known_or_without_end(monkeypatch):
     assert functional._memory() > 2**28
+
+    def unknown(name):
+        raise ValueError(f"{name} is not known here")
+
+    monkeypatch.setattr(os, "sysconf", unknown, raising=False)
+    assert functional._memory.__wrapped__() == sys.maxsize
 
 
 def gru_params(dtype=f32):

@@ -343,6 +343,12 @@ def test_hostile_architecture(change, message, tmp_path, ending):
     layer.load(path)  # which knows its own
 
 
+def test_long_architecture(tmp_path, ending):
+    path, layer = tmp_path / f"a{ending}", small()
+    weights.write(path, layer.parameters, {"text": "x" * (1 << 16)})
+    refuse(path, "its entry '__fastrnn__' is not a short text", layer)
+
+
 def test_architecture_without_a_part(tmp_path):
     path, layer = tmp_path / "a.npz", small()
     weights.write(path, layer.parameters, {"format": 1, "cell": "gru", "input_size": I})

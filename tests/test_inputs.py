@@ -192,6 +192,7 @@ def test_reset_as_lists():
     reset = np.random.default_rng(0).random((T, B)) < 0.5
     assert bits(layer(x, reset=reset.tolist())) == bits(layer(x, reset=reset))
     assert bits(layer(x, reset=reset)) != bits(layer(x))
+    assert bits(layer(x[:0, 0], reset=[])) == bits(layer(x[:0, 0]))
 
 
 def test_the_same_array_as_everything():

@@ -7,7 +7,7 @@ import warnings
 import numpy as np
 import pytest
 
-from fastrnn import GRU, LSTM, RNN, functional, load
+from fastrnn import GRU, LSTM, RNN, functional, get_num_threads, load, set_num_threads
 from fastrnn.layers import Gradients
 
 T, B, I, H = 7, 4, 3, 5
@@ -234,6 +234,43 @@ def test_chunks_in_time_have_the_bits_of_the_whole(kind, options):
         part, state = layer(chunk, state)
         parts.append(part)
     assert_same_bits([np.concatenate(parts), state], [output, last])
+
+
+@each_layer
+@pytest.mark.parametrize("shape", SHAPES)
+def test_number_of_threads_changes_no_bit(kind, options, shape):
+    layer = kind(I, 40, **options, **shape, seed=0)
+    x = uniform(30, 12, I)
+    before, results = get_num_threads(), []
+    try:
+        for number in (1, 2, 3, 7):
+            set_num_threads(number)
+            output, last, tape = layer.forward(x, lengths=np.arange(12) * 2)
+            results.append([output, last, layer.backward(tape, output, last)])
+    finally:
+        set_num_threads(before)
+    for other in results[1:]:
+        assert_same_bits(other, results[0])
+
+
+@each_layer
+@pytest.mark.parametrize("shape", SHAPES)
+def test_nan_in_one_row_stays_there(kind, options, shape):
+    layer = kind(I, H, **options, **shape, seed=0)
+    x, row = uniform(T, B, I), 2
+    output, last, tape = layer.forward(x)
+    gradients = layer.backward(tape, output, last)
+    x[3, row] = np.nan
+    spoilt, spoilt_last, tape = layer.forward(x)
+    spoilt_gradients = layer.backward(tape, spoilt, spoilt_last)
+    if options.get("nonlinearity") != "relu":  # where NaN > 0 is false, and the result 0
+        assert np.isnan(spoilt[:, row]).any()
+    for one, other in zip(
+        arrays_of(spoilt, spoilt_last, spoilt_gradients.x, spoilt_gradients.state),
+        arrays_of(output, last, gradients.x, gradients.state),
+        strict=True,
+    ):
+        assert_same_bits(np.delete(one, row, axis=1), np.delete(other, row, axis=1))
 
 
 @each_layer
