@@ -294,7 +294,7 @@ def check_lengths(lengths: Any, T: int, B: int | None) -> np.ndarray | None:
 
 
 def check_reset(reset: Any, shape: Shape, letters: str) -> np.ndarray | None:
-    """Return `reset` as a C-contiguous boolean array of the shape, or None."""
+    """Return `reset` as a new boolean array of the shape, or None."""
     if reset is None:
         return None
     try:
@@ -307,7 +307,7 @@ def check_reset(reset: Any, shape: Shape, letters: str) -> np.ndarray | None:
         raise TypeError(f"reset has dtype {array.dtype}, expected bool: see its method astype(bool)")
     if array.shape != shape:
         raise ValueError(f"reset has shape {array.shape}, expected {letters} = {shape}")
-    return contiguous(array)
+    return np.array(array, order="C", subok=False)  # a copy, likewise
 
 
 def check_any_gradient(d_output: Any, d_state: Any) -> None:

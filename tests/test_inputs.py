@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from fastrnn import GRU, LSTM, RNN, functional, weights
+from fastrnn import GRU, LSTM, RNN, backend, functional, weights
 
 T, B, I, H = 6, 3, 4, 5
 
@@ -177,14 +177,51 @@ def test_lengths_of_no_rows():
         assert layer(x, lengths=lengths)[0].shape == (T, 0, H)
 
 
-def test_lengths_and_reset_may_change_before_backward():
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+def test_lengths_and_reset_may_change_before_backward(name):
     """The tape has what was checked."""
-    layer, x = LSTM(I, H, bidirectional=True, seed=0), uniform(T, B, I)
-    lengths = np.array([6, 0, 4])
-    output, _, tape = layer.forward(x, lengths=lengths)
+    layer, x = LSTM(I, H, bidirectional=True, seed=0, backend=name), uniform(T, B, I)
+    lengths, reset = np.array([6, 0, 4]), np.random.default_rng(0).random((T, B)) < 0.5
+    output, _, tape = layer.forward(x, lengths=lengths, reset=reset)
     expected = bits(layer.backward(tape, output))
     lengths[:] = 10**9
+    reset[:] = ~reset
     assert bits(layer.backward(tape, output)) == expected
+
+
+@pytest.mark.parametrize("kind", [RNN, LSTM, GRU])
+@pytest.mark.parametrize("change", KINDS.values(), ids=KINDS)
+def test_backends_are_given_plain_arrays_only(change, kind, monkeypatch):
+    """Also where this machine's processor would forgive it."""
+    given = []
+
+    def listed(*values):
+        for value in values:
+            if isinstance(value, np.ndarray):
+                given.append(value)
+            elif isinstance(value, (tuple, dict)):
+                listed(*(value.values() if isinstance(value, dict) else value))
+
+    class Recorder:
+        @staticmethod
+        def forward(*arguments, **options):
+            listed(*arguments, options)
+            return cpu.forward(*arguments, **options)
+
+        @staticmethod
+        def backward(*arguments):
+            listed(*arguments)
+            return cpu.backward(*arguments)
+
+    cpu = backend.load("cpu")
+    monkeypatch.setitem(backend._loaded, "cpu", Recorder)
+    run(change, kind, "float32")
+    assert len(given) > 50
+    for array in given:
+        assert type(array) is np.ndarray
+        assert array.flags.c_contiguous
+        assert array.flags.aligned
+        assert array.dtype in (np.float32, np.int64, bool)
 
 
 def test_reset_as_lists():
