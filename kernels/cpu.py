@@ -60,7 +60,7 @@ class Rows(NamedTuple):
     def share(self, part: int, parts: int) -> tuple[int, int]:
         """First and last row of a part, parts being of nearly equal work."""
         batch = len(self.order)
-        if self.lengths is None:
+        if self.lengths is None or parts == 1:
             return batch * part // parts, batch * (part + 1) // parts
         done = np.cumsum(self.lengths)
         cut = [int(np.searchsorted(done, done[-1] * p / parts)) for p in (part, part + 1)]

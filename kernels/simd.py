@@ -51,9 +51,9 @@ def machine() -> dict:
     """
     text = _assembly(
         "declare <16 x float> @llvm.fmuladd.v16f32(<16 x float>, <16 x float>, <16 x float>)\n"
-        "define void @f(ptr %p) {\n  %a = load <16 x float>, ptr %p\n"
+        "define <16 x float> @f(<16 x float> %a) {\n"
         "  %b = call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %a, <16 x float> %a, <16 x float> %a)\n"
-        "  store <16 x float> %b, ptr %p\n  ret void\n}\n"
+        "  ret <16 x float> %b\n}\n"
     )
     bits = 512 if "zmm" in text else 256 if "ymm" in text else 128
     fused = "vfmadd" in text or "fmla" in text or "fmadd" in text
@@ -286,17 +286,13 @@ def store_each(typingctx, array, index, places, step, values, n):
     return types.void(array, types.intp, places, types.intp, values, types.intp), emit
 
 
-def _without_owner(context, builder, typ, value):
+def _without_owner(builder, typ, value):
     if isinstance(typ, types.Array):
-        array = context.make_array(typ)(context, builder, value)
-        for field in ("meminfo", "parent"):
-            setattr(array, field, ir.Constant(getattr(array, field).type, None))
-        return array._getvalue()
-    if isinstance(typ, types.BaseTuple):
-        items = [
-            _without_owner(context, builder, item, builder.extract_value(value, i)) for i, item in enumerate(typ.types)
-        ]
-        return context.make_tuple(builder, typ, items)
+        for i in (0, 1):  # of an array's record: who counts its references, and the Python object
+            value = builder.insert_value(value, ir.Constant(builder.extract_value(value, i).type, None), i)
+    elif isinstance(typ, types.BaseTuple):
+        for i, item in enumerate(typ.types):
+            value = builder.insert_value(value, _without_owner(builder, item, builder.extract_value(value, i)), i)
     return value
 
 
@@ -304,9 +300,11 @@ def _without_owner(context, builder, typ, value):
 def borrowed(typingctx, value):
     """An array, or a tuple of them, that the kernel's caller keeps alive: handing it on counts no references.
 
-    Counting is an atomic operation for each array and call, and slower still where threads share the array.
+    Counting is an atomic operation for each array and call, and slower still where threads share the array. Not to be
+    used in a function that takes part in Numba's own inlining (``inline="always"``, also in what it calls): the clean-up
+    after that takes the arrays for unused locals and drops what is stored into them.
     """
-    return value(value), lambda context, builder, sig, args: _without_owner(context, builder, sig.args[0], args[0])
+    return value(value), lambda context, builder, sig, args: _without_owner(builder, sig.args[0], args[0])
 
 
 # ---- functions

@@ -103,7 +103,7 @@ CONSTANTS = {name: _constants(stage) for name, stage in STAGES.items()}
 
 
 def _attribute(field):
-    @overload_attribute(StageType, field, inline="always")
+    @overload_attribute(StageType, field)
     def get(stage):
         value = CONSTANTS[stage.stage_name][field]
         return lambda stage: value
