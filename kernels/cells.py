@@ -13,7 +13,8 @@ Forward, ``stage.forward(gates, state) -> results, saved``: `state` holds what t
 sums are never needed again.
 
 Backward, ``stage.backward(dh, carried, saved, state) -> dgates, carried``: `dh` is the gradient of the stage's first
-result; `carried` is what reaches a state by itself and not through the gates (LSTM's c, GRU's z h).
+result; `carried` is what reaches a state by itself and not through the gates: LSTM's c, and of GRU's h the part z h,
+which the walk has added to dh by the time of the step before.
 
 Names: i, f, g, o are LSTM's input, forget, candidate and output gates; r, z, n GRU's reset, update and candidate
 gates, m its recurrent candidate W_hn h + b_hn; d + name is a gradient.
@@ -172,7 +173,6 @@ def gru(gates, state):
 def gru_backward(dh, carried, saved, state):
     n, r, z, m = saved
     (h,) = state
-    dh = dh + carried[0]
     dn = (dh - dh * z) * d_tanh(n)
     dz = dh * (h - n) * d_sigmoid(z)
     dr = dn * m * d_sigmoid(r)
@@ -203,7 +203,6 @@ def gru_update(gates, state):
 def gru_update_backward(dh, carried, saved, state):
     _, z, _, n = saved
     (h,) = state
-    dh = dh + carried[0]
     dz = dh * (h - n) * d_sigmoid(z)
     dn = (dh - dh * z) * d_tanh(n)
     return (dz, dn), (dh * z,)

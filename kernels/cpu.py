@@ -446,10 +446,9 @@ def backward(tape, d_output, d_state):
 def _state_gradients(tape, way):
     cell, size, rows = tape.cell, tape.size, tape.rows
     dh = rows.restore(way.dh.reshape(size.batch, size.ld)[:, : size.h])
-    carried = rows.restore(way.carried.reshape(size.batch, size.ld)[:, : size.hidden])
-    if cell.states == 2:
-        return dh, carried
-    return (dh + carried if any(stage.carried for stage in cell.stages) else dh,)
+    if cell.states == 1:
+        return (dh,)
+    return dh, rows.restore(way.carried.reshape(size.batch, size.ld)[:, : size.hidden])
 
 
 # ---- about itself

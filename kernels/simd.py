@@ -301,8 +301,8 @@ def borrowed(typingctx, value):
     """An array, or a tuple of them, that the kernel's caller keeps alive: handing it on counts no references.
 
     Counting is an atomic operation for each array and call, and slower still where threads share the array. Not to be
-    used in a function that takes part in Numba's own inlining (``inline="always"``, also in what it calls): the clean-up
-    after that takes the arrays for unused locals and drops what is stored into them.
+    used in a function that takes part in Numba's own inlining (``inline="always"``, also in what it calls): the
+    clean-up after that takes the arrays for unused locals and drops what is stored into them.
     """
     return value(value), lambda context, builder, sig, args: _without_owner(builder, sig.args[0], args[0])
 

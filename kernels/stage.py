@@ -26,7 +26,7 @@ from numba.extending import (
     unbox,
 )
 
-from fastrnn.kernels.cells import CELLS, Stage
+from fastrnn.kernels.cells import CELLS, H, Stage
 from fastrnn.kernels.product import VECTORS
 
 SOURCES = ("cells", "simd", "product", "stage", "walk")
@@ -95,7 +95,8 @@ def _constants(stage: Stage) -> dict:
         "x_columns": tuple(range(len(stage.x_blocks or stage.h_blocks) * width)),
         "h_columns": tuple(range(len(stage.h_blocks) * width)),
         "carried_places": tuple(2 for _ in stage.carried),
-        "gives_h": 0 in stage.results,
+        "gives_h": H in stage.results,
+        "carries_h": H in stage.carried,
     }
 
 

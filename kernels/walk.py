@@ -321,11 +321,9 @@ def forward_rows(first, second, size, walk, weights, weights2, states, values, f
 
 @register_jitable
 def _multiply_panels(a, a0, places, rows, w, k_count, c, c0, c_row, n_count):
-    """C[row] = A[row] W for all panels of a plain product."""
+    """C[row] += A[row] W for all panels of a plain product."""
     width = VECTORS * lanes(c)
     for p in range((n_count + width - 1) // width):
-        for r in range(rows):
-            clear(c, c0 + r * c_row + p * width, width)
         multiply(COLUMNS, rows, 1, a, a0, places, 0, w, p * k_count * width, 0, k_count, c, c0 + p * width, c_row, 0)
 
 
@@ -422,8 +420,13 @@ def backward_rows(
         else:
             d_column = 0 if len(second.x_blocks) > 0 else h_column2
             _backward_stage(second, size.h, size, walk, way, way.dh, d_output, d_column, rows, row0, q0)
+            clear(way.middle, to, rows * size.ld)
             _multiply_panels(way.d, h_column2, places, rows, wh2, size.h, way.middle, to, size.ld, size.hidden)
             _backward_stage(first, size.hidden, size, walk, way, way.middle, d_output[:0], 0, rows, row0, q0)
+        if first.carries_h:
+            _copy(way.carried, to, way.dh, to, rows * size.ld)
+        else:
+            clear(way.dh, to, rows * size.ld)
         _multiply_panels(
             way.d, h_column, places, rows, wh, len(first.h_blocks) * size.hidden, way.dh, to, size.ld, size.h
         )
