@@ -345,51 +345,25 @@ def add_outer_products(columns, d, d0, d_row, m0, m1, b, places, rows, n_count, 
                 _pack_rows(b, places, q0, count, first, width, n_count, b_packed)
                 for i in range(m, m_end, height):
                     tile = min(height, m_end - i)
-                    if n >= width:
-                        multiply_tile(
-                            columns,
-                            tile,
-                            1,
-                            work,
-                            (i - m) * OUTER_BLOCK,
-                            tile_places,
-                            0,
-                            height,
-                            work,
-                            b_at,
-                            0,
-                            count,
-                            c,
-                            i * n_count + first,
-                            n_count,
-                            0,
-                        )
-                    else:  # the last columns: by way of a whole tile
+                    to, at, row = c, i * n_count + first, n_count
+                    if n < width:  # the last columns: by way of a whole tile
                         clear(work, c_at, tile * width)
-                        multiply_tile(
-                            columns,
-                            tile,
-                            1,
-                            work,
-                            (i - m) * OUTER_BLOCK,
-                            tile_places,
-                            0,
-                            height,
-                            work,
-                            b_at,
-                            0,
-                            count,
-                            work,
-                            c_at,
-                            width,
-                            0,
-                        )
-                        for r in range(tile):
-                            to = (i + r) * n_count + first
-                            for j in range(0, n, lanes(c)):
-                                store(
-                                    c, to + j, load(c, to + j, n - j) + load(work, c_at + r * width + j, n - j), n - j
-                                )
+                        to, at, row = work, c_at, width
+                    multiply_tile(
+                        columns, tile, 1, work, (i - m) * OUTER_BLOCK, tile_places, 0, height, work, b_at, 0, count,
+                        to, at, row, 0,
+                    )  # fmt: skip
+                    if n < width:
+                        _add_first_columns(c, i * n_count + first, n_count, n, work, c_at, width, tile)
+
+
+@register_jitable
+def _add_first_columns(c, at, c_row, n, work, work_at, width, rows):
+    """Add n columns of a tile in `work` to c."""
+    for r in range(rows):
+        for j in range(0, n, lanes(c)):
+            to = at + r * c_row + j
+            store(c, to, load(c, to, n - j) + load(work, work_at + r * width + j, n - j), n - j)
 
 
 OUTER_TILES = 32  # tiles of D that are packed at a time: they stay in the second-level cache
