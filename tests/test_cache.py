@@ -22,7 +22,9 @@ print(float(output[0, 0, 0]), sum(walk.forward_rows.stats.cache_hits.values()))
 
 def run(folder):
     environment = {**os.environ, "PYTHONPATH": str(folder), "NUMBA_CACHE_DIR": str(folder / "cache")}
-    result = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, cwd=folder, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-c", PROGRAM], env=environment, cwd=folder, capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stderr
     value, hits = result.stdout.split()
     return float(value), int(hits)

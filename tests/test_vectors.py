@@ -1,4 +1,4 @@
-"""exp, sigmoid and tanh of vectors: within 2 units in the last place, over all of float32; saturating; NaN stays NaN."""
+"""exp, sigmoid and tanh of vectors: within 2 units in the last place over float32; saturating; NaN stays NaN."""
 
 import numpy as np
 import pytest
