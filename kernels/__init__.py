@@ -4,7 +4,8 @@ Where the kernel for X is
 -------------------------
 ============================================  =================================================
 a cell's formula, forward and backward        :mod:`fastrnn.kernels.cells`, written once for all targets
-the walk through time on the CPU              :mod:`fastrnn.kernels.cpu`
+the walk through time on the CPU              :mod:`fastrnn.kernels.walk`
+its set-up: packing, buffers, shares of work  :mod:`fastrnn.kernels.cpu`
 products with weights, and their packing      :mod:`fastrnn.kernels.product`
 exp, sigmoid, tanh of a vector; CPU features  :mod:`fastrnn.kernels.simd`
 a cell as an argument of a kernel; caching    :mod:`fastrnn.kernels.stage`

@@ -22,13 +22,12 @@ from fastrnn.kernels.product import (
     OUTER_BLOCK,
     VECTORS,
     outer_work,
-    pack_bias,
     pack_columns,
-    pack_gates,
+    pack_stage,
     rows_in_tile,
 )
 from fastrnn.kernels.simd import VECTOR_BITS, machine
-from fastrnn.kernels.stage import SOURCE, call, units
+from fastrnn.kernels.stage import SOURCE, UNITS, call
 from fastrnn.kernels.walk import (
     ROWS,
     TILE_ROWS,
@@ -110,9 +109,7 @@ def _aligned(count, dtype, zero=False):
 
 def _flat(array):
     """One-dimensional and read-only, so that a kernel is compiled once whatever the caller's flags."""
-    flat = array.reshape(-1)
-    if flat is array:
-        flat = array.view()
+    flat = array.reshape(-1)  # a view, always another object
     flat.flags.writeable = False
     return flat
 
@@ -142,23 +139,6 @@ def _shares(rows, flops):
 # ---- weights
 
 
-def _pack_gates(stage, weight, blocks, results, width):
-    panels = -(-results // (units(stage) * width))
-    packed = _aligned(panels * weight.shape[1] * len(blocks) * units(stage) * width, weight.dtype)
-    call(
-        pack_gates,
-        weight.dtype,
-        SOURCE,
-        _flat(weight),
-        weight.shape[1],
-        _constant(*blocks),
-        results,
-        units(stage),
-        packed,
-    )
-    return packed
-
-
 def _pack_columns(weight, blocks, block_rows, width):
     line = VECTORS * width
     packed = _aligned(-(-weight.shape[1] // line) * len(blocks) * block_rows * line, weight.dtype)
@@ -169,20 +149,22 @@ def _pack_columns(weight, blocks, block_rows, width):
 def _pack_stage(stage, params, size) -> Weights:
     """One stage's weights and biases for the forward walk."""
     dtype = params["weight_ih"].dtype
-    width = VECTOR_BITS // (8 * dtype.itemsize)
     gated = bool(stage.x_blocks)  # if not, it is the projection
     results = size.hidden if gated else size.h
-    x = _pack_gates(stage, params["weight_ih"], stage.x_blocks, results, width) if gated else _none(dtype)
-    h = _pack_gates(stage, params["weight_hh" if gated else "weight_hr"], stage.h_blocks, results, width)
-    bias = _aligned(-(-results // (units(stage) * width)) * stage.gates * units(stage) * width, dtype, zero=True)
-    if gated and "bias_ih" in params:
-        for name, blocks, slot in (
-            ("bias_ih", stage.x_blocks, 0),
-            ("bias_hh", stage.h_blocks, stage.gates - len(stage.h_blocks)),
-        ):
-            numbers = _constant(*blocks)
-            call(pack_bias, dtype, SOURCE, _flat(params[name]), numbers, slot, stage.gates, results, units(stage), bias)
-    return Weights(x if gated else h, h, bias)
+    x, h = params["weight_ih"], params["weight_hh" if gated else "weight_hr"]
+    width, unit_vectors = VECTOR_BITS // (8 * dtype.itemsize), UNITS[stage.name]
+    panels = -(-results // (unit_vectors * width))
+    x_size = panels * size.inputs * len(stage.x_blocks) * unit_vectors * width
+    h_size = panels * h.shape[1] * len(stage.h_blocks) * unit_vectors * width
+    memory = _aligned(x_size + h_size + panels * stage.gates * unit_vectors * width, dtype)
+    weights = Weights(memory[:x_size], memory[x_size : x_size + h_size], memory[x_size + h_size :])
+    bias = gated and "bias_ih" in params
+    call(
+        pack_stage, dtype, SOURCE, _flat(x), size.inputs, _constant(*stage.x_blocks), _flat(h), h.shape[1],
+        _constant(*stage.h_blocks), _flat(params["bias_ih"]) if bias else _none(dtype),
+        _flat(params["bias_hh"]) if bias else _none(dtype), stage.gates, results, unit_vectors, *weights,
+    )  # fmt: skip
+    return weights
 
 
 # ---- forward
@@ -190,7 +172,7 @@ def _pack_stage(stage, params, size) -> Weights:
 
 def _ahead(stage, size, rows, sums_row, itemsize) -> int:
     """Steps whose products with x are made together: where a step's own rows are fewer than fill a tile."""
-    if rows == 0 or rows >= rows_in_tile(len(stage.x_blocks) * units(stage)):
+    if rows == 0 or rows >= rows_in_tile(len(stage.x_blocks) * UNITS[stage.name]):
         return 0
     room = AHEAD_BYTES // (sums_row * itemsize * rows)
     return max(1, min(size.steps, max(room, -(-8 // rows)), 256))
@@ -200,12 +182,12 @@ def _sums(first, second, size, row0, row1, dtype) -> Sums:
     """Scratch of the forward walk for the rows row0 to row1."""
     width = VECTOR_BITS // (8 * dtype.itemsize)
     rows = row1 - row0
-    panel = first.gates * units(first) * width
-    sums_row = -(-size.hidden // (units(first) * width)) * panel
+    panel = first.gates * UNITS[first.name] * width
+    sums_row = -(-size.hidden // (UNITS[first.name] * width)) * panel
     ahead = _ahead(first, size, rows, sums_row, dtype.itemsize)
     few_rows = IN_FLIGHT * VECTORS * width * 2  # of several panels
     g = _aligned(max(ahead * rows * sums_row, min(rows, ROWS) * panel, few_rows), dtype)
-    g2 = g if second is None else _aligned(max(ROWS * second.gates * units(second) * width, few_rows), dtype)
+    g2 = g if second is None else _aligned(max(ROWS * second.gates * UNITS[second.name] * width, few_rows), dtype)
     places = [np.empty(n, np.int64) for n in (max(1, ahead) * rows, rows, rows, size.batch)]
     return Sums(ahead, g, g2, *places)
 

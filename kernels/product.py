@@ -239,8 +239,8 @@ def pack_block(typingctx, weight, at, row_size, rows, columns, packed, to, step)
     return types.void(weight, i, i, i, i, packed, i, i), emit
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
-def pack_gates(source, weight, k_count, blocks, hidden, units, packed):
+@register_jitable
+def _pack_gates(weight, k_count, blocks, hidden, units, packed):
     """Pack `weight` [G*H, K] (flat) as [panel][K][gate][unit vector][lane] into `packed` (is modified).
 
     A panel holds the gate blocks `blocks` of `units` vectors of hidden units; units beyond `hidden` become 0.
@@ -251,20 +251,37 @@ def pack_gates(source, weight, k_count, blocks, hidden, units, packed):
     for vector in range((hidden + units * width - 1) // (units * width) * units):
         panel, u = vector // units, vector % units
         unit = vector * width
+        rows = max(0, min(width, hidden - unit))
         for g in range(gates):
             row = (blocks[g] * hidden + unit) * k_count
             to = panel * k_count * step + (g * units + u) * width
             for k in range(0, k_count, width):
-                pack_block(
-                    weight,
-                    row + k,
-                    k_count,
-                    max(0, min(width, hidden - unit)),
-                    min(width, k_count - k),
-                    packed,
-                    to + k * step,
-                    step,
-                )
+                columns = min(width, k_count - k)
+                pack_block(weight, row + k, k_count, rows, columns, packed, to + k * step, step)
+
+
+@register_jitable
+def _pack_bias(bias, blocks, slot, slots, hidden, units, packed):
+    """Add the gate blocks `blocks` of a bias to `packed` [panel][slot][unit vector][lane] (modified), from `slot`."""
+    panel_units = units * lanes(packed)
+    for g in range(len(blocks)):
+        for unit in range(hidden):
+            panel, j = unit // panel_units, unit % panel_units
+            packed[(panel * slots + slot + g) * panel_units + j] += bias[blocks[g] * hidden + unit]
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def pack_stage(source, x, x_count, x_blocks, h, h_count, h_blocks, bias_x, bias_h, slots, hidden, units, wx, wh, bias):
+    """Pack a stage's weights (flat: x [., x_count], h [., h_count]) and biases (empty where there are none).
+
+    Is modified: wx, wh, bias.
+    """
+    _pack_gates(x, x_count, x_blocks, hidden, units, wx)
+    _pack_gates(h, h_count, h_blocks, hidden, units, wh)
+    clear(bias, 0, len(bias))
+    if len(bias_x) > 0:
+        _pack_bias(bias_x, x_blocks, 0, slots, hidden, units, bias)
+        _pack_bias(bias_h, h_blocks, slots - len(h_blocks), slots, hidden, units, bias)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -281,18 +298,6 @@ def pack_columns(source, weight, columns, blocks, block_rows, packed):
                     n = max(0, columns - first - j)
                     store(packed, at, load(weight, row * columns + first + j, n), lanes(packed))
                     at += lanes(packed)
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
-def pack_bias(source, bias, blocks, slot, slots, hidden, units, packed):
-    """Add the gate blocks `blocks` of a bias to `packed` [panel][slot][unit vector][lane] (is modified), from `slot`
-    on.
-    """
-    panel_units = units * lanes(packed)
-    for g in range(len(blocks)):
-        for unit in range(hidden):
-            panel, j = unit // panel_units, unit % panel_units
-            packed[(panel * slots + slot + g) * panel_units + j] += bias[blocks[g] * hidden + unit]
 
 
 # ---- the product of the weight gradients

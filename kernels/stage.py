@@ -80,14 +80,17 @@ def _unbox(typ, obj, c):
     return NativeValue(c.context.get_dummy_value())
 
 
-def units(stage: Stage) -> int:
+def _units(stage: Stage) -> int:
     """Vectors of hidden units in a panel: few gates leave room for several."""
     return max(1, VECTORS // len(stage.h_blocks))
 
 
+UNITS = {name: _units(stage) for name, stage in STAGES.items()}
+
+
 def _constants(stage: Stage) -> dict:
     """What a kernel may ask of a stage besides its own fields, as tuples whose length is known to the compiler."""
-    width = units(stage)
+    width = UNITS[stage.name]
     return {
         **stage._asdict(),
         "units": width,
