@@ -90,8 +90,9 @@ def main():
         weights = 4 * H * H
         rate = 4 * weights * 200 / median(read, np.zeros(weights, np.float32), 200)
         inference, _ = layer_times("lstm", T, B, I, H)
+        reached = 4 * weights * T / inference
         print(
-            f"lstm {T},{B},{I},{H}: recurrent weights at {4 * weights * T / inference / 1e9:.0f} GB/s, all else included; "
+            f"lstm {T},{B},{I},{H}: recurrent weights at {reached / 1e9:.0f} GB/s, all else included; "
             f"{4 * weights / 2**20:.1f} MiB are read at {rate / 1e9:.0f} GB/s by a bare loop"
         )
 
