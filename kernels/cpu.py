@@ -55,6 +55,7 @@ class Rows(NamedTuple):
     order: np.ndarray
     active: np.ndarray
     lengths: np.ndarray | None  # in order
+    steps: int  # of all rows together
 
     def share(self, part: int, parts: int) -> tuple[int, int]:
         """First and last row of a part, parts being of nearly equal work."""
@@ -86,10 +87,10 @@ class Tape(NamedTuple):
 
 def _sort(lengths, steps, batch) -> Rows:
     if lengths is None:
-        return Rows(np.arange(batch, dtype=np.int64), np.full(steps, batch, np.int64), None)
+        return Rows(np.arange(batch, dtype=np.int64), np.full(steps, batch, np.int64), None, steps * batch)
     order = np.argsort(-lengths, kind="stable").astype(np.int64, copy=False)
     active = np.searchsorted(-lengths[order], -np.arange(steps), side="left").astype(np.int64)
-    return Rows(order, active, lengths[order])
+    return Rows(order, active, lengths[order], int(lengths.sum()))
 
 
 def _sizes(cell, x, params) -> Sizes:
@@ -230,10 +231,10 @@ def forward(cell, x, params, state, *, lengths=None, reset=None, reverse=False, 
     slots = values.reshape(cell.values, 2, size.batch, size.ld)
     for v, s in enumerate(state):
         slots[v, :, :, : s.shape[1]] = s if lengths is None else s[rows.order]
-    initial = slots[: cell.states, 0].copy()
-    final = initial.copy()
+    final = slots[: cell.states, 0].copy()
+    initial = final.copy() if training else final
 
-    flops = _flops(cell, size, int(rows.active.sum()))
+    flops = _flops(cell, size, rows.steps)
     shares = _shares(rows, flops)
     sums = [_sums(first, second, size, *share, dtype) for share in shares]
     length = _slice(cell, size, flops)
@@ -382,7 +383,7 @@ def backward(tape, d_output, d_state):
 
     dx = (np.empty if rows.lengths is None else np.zeros)(x.shape, dtype)
     d_flat = _none(dtype) if d_output is None else _flat(d_output)
-    flops = 2 * _flops(cell, size, int(rows.active.sum()))
+    flops = 2 * _flops(cell, size, rows.steps)
     chunks = _chunks(
         rows.active[::-1] if walk.reverse else rows.active, d_row * dtype.itemsize, _slice(cell, size, flops)
     )
