@@ -7,6 +7,7 @@ is ever shared, so results do not depend on the number of threads.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import time
 from typing import NamedTuple
@@ -102,28 +103,21 @@ def _sizes(cell, x, params) -> Sizes:
 
 def _aligned(count, dtype, zero=False):
     """A one-dimensional array that starts on a cache line."""
-    size = np.dtype(dtype).itemsize
+    size = dtype.itemsize
     memory = (np.zeros if zero else np.empty)(count + 64 // size, dtype)
-    start = -memory.__array_interface__["data"][0] % 64 // size
+    start = -ctypes.addressof(ctypes.c_char.from_buffer(memory)) % 64 // size
     return memory[start : start + count]
-
-
-def _flat(array):
-    """One-dimensional and read-only, so that a kernel is compiled once whatever the caller's flags."""
-    flat = array.reshape(-1)  # a view, always another object
-    flat.flags.writeable = False
-    return flat
 
 
 @functools.cache
 def _none(dtype):
     """No numbers, where there could be some."""
-    return _flat(np.empty(0, dtype))
+    return np.empty(0, dtype)
 
 
 @functools.cache
 def _constant(*numbers):
-    return _flat(np.array(numbers, np.int64))
+    return np.array(numbers, np.int64)
 
 
 def _flops(cell, size, rows) -> float:
@@ -143,7 +137,9 @@ def _shares(rows, flops):
 def _pack_columns(weight, blocks, block_rows, width):
     line = VECTORS * width
     packed = _aligned(-(-weight.shape[1] // line) * len(blocks) * block_rows * line, weight.dtype)
-    call(pack_columns, weight.dtype, SOURCE, _flat(weight), weight.shape[1], _constant(*blocks), block_rows, packed)
+    call(
+        pack_columns, weight.dtype, SOURCE, weight.reshape(-1), weight.shape[1], _constant(*blocks), block_rows, packed
+    )
     return packed
 
 
@@ -161,9 +157,9 @@ def _pack_stage(stage, params, size) -> Weights:
     weights = Weights(memory[:x_size], memory[x_size : x_size + h_size], memory[x_size + h_size :])
     bias = gated and "bias_ih" in params
     call(
-        pack_stage, dtype, SOURCE, _flat(x), size.inputs, _constant(*stage.x_blocks), _flat(h), h.shape[1],
-        _constant(*stage.h_blocks), _flat(params["bias_ih"]) if bias else _none(dtype),
-        _flat(params["bias_hh"]) if bias else _none(dtype), stage.gates, results, unit_vectors, *weights,
+        pack_stage, dtype, SOURCE, x.reshape(-1), size.inputs, _constant(*stage.x_blocks), h.reshape(-1), h.shape[1],
+        _constant(*stage.h_blocks), params["bias_ih"].reshape(-1) if bias else _none(dtype),
+        params["bias_hh"].reshape(-1) if bias else _none(dtype), stage.gates, results, unit_vectors, *weights,
     )  # fmt: skip
     return weights
 
@@ -213,7 +209,7 @@ def forward(cell, x, params, state, *, lengths=None, reset=None, reverse=False, 
         output[:, :, column : column + size.h] = 0
     tape = np.empty(size.steps * size.batch * cell.tape * size.hidden, dtype) if training else np.empty(0, dtype)
     walk = Sequences(
-        _flat(x),
+        x.reshape(-1),
         output.reshape(-1),
         output.shape[2],
         column,
@@ -221,7 +217,7 @@ def forward(cell, x, params, state, *, lengths=None, reset=None, reverse=False, 
         cell.tape * size.hidden,
         rows.order,
         rows.active,
-        _none(np.bool_) if reset is None else _flat(reset),
+        _none(np.bool_) if reset is None else reset.reshape(-1),
         reverse,
     )
     weights = _pack_stage(first, params, size)
@@ -334,7 +330,9 @@ class _Gradients:
 
     def add(self, way, rows):
         """Add the sums over the first rows of way.d."""
-        products = [(d0, _flat(b), at, n, c.shape[0], c.reshape(-1)) for d0, b, at, n, c in self.products(way, rows)]
+        products = [
+            (d0, b.reshape(-1), at, n, c.shape[0], c.reshape(-1)) for d0, b, at, n, c in self.products(way, rows)
+        ]
         dtype, scratch = way.d.dtype, self.scratch
 
         def part(p, parts):
@@ -382,7 +380,7 @@ def backward(tape, d_output, d_state):
     wx = _pack_columns(params["weight_ih"], x_blocks, hidden, width)
 
     dx = (np.empty if rows.lengths is None else np.zeros)(x.shape, dtype)
-    d_flat = _none(dtype) if d_output is None else _flat(d_output)
+    d_flat = _none(dtype) if d_output is None else d_output.reshape(-1)
     flops = 2 * _flops(cell, size, rows.steps)
     chunks = _chunks(
         rows.active[::-1] if walk.reverse else rows.active, d_row * dtype.itemsize, _slice(cell, size, flops)

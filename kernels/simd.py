@@ -307,12 +307,6 @@ def borrowed(typingctx, value):
     return value(value), lambda context, builder, sig, args: _without_owner(builder, sig.args[0], args[0])
 
 
-@intrinsic
-def readonly(typingctx, array):
-    """The array as one that is only read: so that a helper is compiled once for arrays of both kinds."""
-    return array.copy(readonly=True)(array), lambda context, builder, sig, args: args[0]
-
-
 # ---- functions
 
 

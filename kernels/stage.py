@@ -130,18 +130,27 @@ def _backward(stage, dh, carried, saved, state):
     return lambda stage, dh, carried, saved, state: function(dh, carried, saved, state)
 
 
+def _of_any_flags(typ):
+    """The type, with every array in it as a writeable one: a kernel is compiled once whatever flags come later."""
+    if isinstance(typ, types.Array):
+        return typ.copy(readonly=False)
+    if isinstance(typ, types.BaseNamedTuple):
+        return types.BaseTuple.from_types(tuple(map(_of_any_flags, typ.types)), typ.instance_class)
+    return typ
+
+
 _entries: dict = {}
 
 
 def call(kernel, key, *args):
     """kernel(*args), without looking at the arguments' types each time: `key` stands for them.
 
-    Numba's own dispatch takes 10 µs for each argument of a type that it does not know. Whoever calls by a key gives
-    arguments of the same types with it every time, or the process ends.
+    Numba's own dispatch takes 10 µs for each argument of a type that it does not know, and compiles anew for read-only
+    arrays. Whoever calls by a key gives arguments of the same types with it every time, or the process ends.
     """
     entry = _entries.get((kernel, key))
     if entry is None:
-        types_of = tuple(map(typeof, args))
+        types_of = tuple(_of_any_flags(typeof(argument)) for argument in args)
         kernel.compile(types_of)
         entry = _entries[kernel, key] = kernel.overloads[types_of].entry_point
     return entry(*args)

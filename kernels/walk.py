@@ -18,7 +18,7 @@ from numba import njit
 from numba.extending import register_jitable
 
 from fastrnn.kernels.product import IN_FLIGHT, VECTORS, add_outer_products, clear, multiply, rows_in_tile
-from fastrnn.kernels.simd import borrowed, lanes, load, load_each, readonly, store, store_each
+from fastrnn.kernels.simd import borrowed, lanes, load, load_each, store, store_each
 
 ROWS = 48  # rows whose gate sums are under way at a time: they stay in the first-level cache
 COLUMNS = tuple(range(VECTORS))  # of a panel in a plain product
@@ -200,7 +200,7 @@ def _forward_stage(
                 stage.h_columns,
                 n,
                 count,
-                readonly(values),
+                values,
                 operand,
                 sums.values,
                 row0 + r0,
