@@ -32,7 +32,8 @@ def rows_in_tile(vectors: int) -> int:
     return (REGISTERS * 3 // 4) // vectors
 
 
-def panels_together(rows: int, vectors: int) -> int:
+@register_jitable
+def panels_together(rows, vectors):
     """Panels that a tile of few rows takes at a time, so that enough sums are under way."""
     return max(1, -(-IN_FLIGHT // (rows * vectors)))
 

@@ -17,7 +17,7 @@ import numpy as np
 from numba import njit
 from numba.extending import register_jitable
 
-from fastrnn.kernels.product import IN_FLIGHT, VECTORS, add_outer_products, clear, multiply, rows_in_tile
+from fastrnn.kernels.product import VECTORS, add_outer_products, clear, multiply, panels_together, rows_in_tile
 from fastrnn.kernels.simd import borrowed, lanes, load, load_each, store, store_each
 
 ROWS = 48  # rows whose gate sums are under way at a time: they stay in the first-level cache
@@ -167,7 +167,7 @@ def _forward_stage(
     h_panel = k_count * len(stage.h_columns) * width
     h_start = (len(stage.slots) - len(stage.h_blocks)) * panel_units
     operand = before if stage.operand == 0 else now + stage.operand * value_size
-    together = max(1, (IN_FLIGHT + rows * len(stage.h_columns) - 1) // (rows * len(stage.h_columns)))
+    together = panels_together(rows, len(stage.h_columns))
     p = 0
     while p < panels:
         count = together if p + together <= panels else 1
