@@ -2,8 +2,8 @@
 
 import pytest
 
-import fastrnn.machine
-from grid import QUICK, SHAPES, TINY, shape_name
+import grid
+from fastrnn import bench, machine
 
 
 def pytest_addoption(parser):
@@ -13,11 +13,11 @@ def pytest_addoption(parser):
 def pytest_generate_tests(metafunc):
     if "shape" in metafunc.fixturenames:
         option = metafunc.config.option
-        shapes = TINY if option.benchmark_disable else QUICK if option.quick else SHAPES
-        metafunc.parametrize("shape", shapes, ids=shape_name)
+        shapes = grid.TINY if option.benchmark_disable else grid.QUICK if option.quick else grid.SHAPES
+        metafunc.parametrize("shape", shapes, ids=grid.shape_name)
 
 
-@pytest.fixture(scope="session")
-def machine():
+@pytest.fixture(scope="session", name="machine")
+def _machine():
     """The processor and the versions, for the record of each benchmark."""
-    return {**fastrnn.machine.versions(), **fastrnn.machine.processor()}
+    return machine.versions() | machine.processor() | bench.versions()

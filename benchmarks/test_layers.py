@@ -1,18 +1,17 @@
-"""Forward, backward and single steps of every cell: fastrnn, its NumPy reference, and PyTorch where it is installed.
+"""Forward, backward, training and single steps of every cell, with rows of one length and of many, in every library.
 
 All run in one process here, where idle threads of one library can get in another's way; compare.py gives each a process
 of its own.
 """
 
 import contextlib
-import importlib.util
 from typing import NamedTuple
 
 import pytest
 
 import fastrnn
-from grid import CELLS, shape_name
-from libraries import LIBRARIES, check
+import grid
+from fastrnn.bench import LIBRARIES, OPERATIONS, PEERS, Case, check, installed
 
 
 class Implementation(NamedTuple):
@@ -34,17 +33,38 @@ class Implementation(NamedTuple):
 IMPLEMENTATIONS = [Implementation("reference"), Implementation("fastrnn", 1)]
 if fastrnn.get_num_threads() > 1:
     IMPLEMENTATIONS.append(Implementation("fastrnn", fastrnn.get_num_threads()))
-if importlib.util.find_spec("torch"):
-    IMPLEMENTATIONS.append(Implementation("torch"))
+IMPLEMENTATIONS += [Implementation(library) for library in installed() if library in PEERS]
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=str)
-@pytest.mark.parametrize("cell", CELLS)
-@pytest.mark.parametrize("operation", ["forward", "backward", "step"])
-def test_layer(benchmark, machine, operation, cell, shape, implementation):
-    benchmark.group = f"{operation} {cell} {shape_name(shape)}"
+def of(operations):
+    """Parametrise over operations and the libraries that have them."""
+    pairs = [(each, one) for each in operations for one in IMPLEMENTATIONS if each in LIBRARIES[one.library].operations]
+    return pytest.mark.parametrize(("operation", "implementation"), pairs, ids=str)
+
+
+def run(benchmark, machine, case, implementation):
+    benchmark.group = str(case)
     benchmark.extra_info.update(machine, threads=implementation.threads)
     with implementation.own_threads():
-        contestant = LIBRARIES[implementation.library](cell, shape)
-        check(contestant, cell, shape, operation)
-        benchmark(getattr(contestant, operation))
+        contestant = LIBRARIES[implementation.library](case)
+        check(contestant, case)
+        benchmark(getattr(contestant, case.operation))
+
+
+@pytest.mark.parametrize("cell", grid.CELLS)
+@of([operation for operation in OPERATIONS if operation != "step"])
+def test_layer(benchmark, machine, cell, operation, shape, implementation):
+    run(benchmark, machine, Case(cell, shape, operation), implementation)
+
+
+@pytest.mark.parametrize("cell", grid.CELLS)
+@of(["step"])
+def test_step(benchmark, machine, cell, operation, implementation):
+    run(benchmark, machine, Case(cell, grid.STEP, operation), implementation)
+
+
+@pytest.mark.parametrize("cell", grid.CELLS)
+@of(grid.PASSES)
+def test_lengths(benchmark, machine, request, cell, operation, implementation):
+    shape = grid.TINY[0] if request.config.option.benchmark_disable else grid.LENGTHS
+    run(benchmark, machine, Case(cell, shape, operation, lengths=True), implementation)

@@ -1,4 +1,4 @@
-"""``python -m fastrnn``: the demonstration, what this machine offers, and the cache of compiled kernels."""
+"""``python -m fastrnn``: a demonstration, a benchmark, what this machine offers, the cache of compiled kernels."""
 
 from __future__ import annotations
 
@@ -34,6 +34,17 @@ def demo(options: argparse.Namespace) -> int:
         return demo.run(options.epochs, options.hidden, options.seconds, options.text)
     except (OSError, ValueError) as error:
         print(f"python -m fastrnn demo: {error}", file=sys.stderr)
+        return 2
+
+
+def bench(options: argparse.Namespace) -> int:
+    """Time some layers beside other libraries."""
+    from fastrnn import bench, get_num_threads
+
+    try:
+        return bench.run(options.seconds, options.threads or get_num_threads(), options.libraries)
+    except (OSError, ValueError) as error:
+        print(f"python -m fastrnn bench: {error}", file=sys.stderr)
         return 2
 
 
@@ -81,6 +92,19 @@ def parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--text", type=Path, metavar="FILE", help="learn from this file, not Python's own sources")
     command.set_defaults(run=demo)
+
+    command = commands.add_parser("bench", help="time some layers beside NumPy and the libraries that are installed")
+    command.add_argument(
+        "--seconds", type=positive_number, default=60.0, metavar="S", help="longest time for all of it"
+    )
+    command.add_argument("--threads", type=positive_integer, metavar="N", help="threads; all cores by default")
+    command.add_argument(
+        "--libraries",
+        nargs="*",
+        choices=("torch", "onnxruntime", "jax"),
+        help="compare with these; all that are installed by default, none without a name",
+    )
+    command.set_defaults(run=bench)
 
     for name, function, text in (
         ("info", info, "versions, processor, threads, cache and GPU"),
