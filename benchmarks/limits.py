@@ -1,16 +1,24 @@
-"""How far the kernels are from what one core of this machine can do: multiply-adds, and weights read from the caches.
+"""How near the kernels come to what this machine can do.
 
-python benchmarks/limits.py
+    python benchmarks/limits.py
+
+A large batch is bound by multiply-adds: its share is that of a loop of them that never leaves the registers, on one
+core. One row is bound by reading the recurrent weights anew in each step: its share is that of a loop that reads as
+many bytes and does nothing else, each thread its part of them. All that a layer does besides counts as time lost.
 """
 
 from __future__ import annotations
 
-import time
+import os
+import statistics
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from numba import njit
 
 import fastrnn
+import results
+from fastrnn.bench import Case, Fastrnn, call_times
 from fastrnn.kernels.simd import VECTOR_BITS, fused, lanes, load, store
 
 
@@ -42,7 +50,7 @@ def multiply_adds(x, n):
     store(x, 8, a + b + c + d + e + f + g + h + i + j + k + m, width)
 
 
-@njit(error_model="numpy")
+@njit(error_model="numpy", nogil=True)
 def read(x, times):
     """Sum of x, read so many times, in 8 chains."""
     width = lanes(x)
@@ -56,45 +64,57 @@ def read(x, times):
     store(x, 0, a + b + c + d + e + f + g + h, width)
 
 
-def median(function, *arguments, repeats=15):
-    function(*arguments)
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        function(*arguments)
-        times.append(time.perf_counter() - start)
-    return float(np.median(times))
+def median(function, *arguments, seconds=0.5):
+    function(*arguments)  # compiles
+    return statistics.median(call_times(lambda: function(*arguments), seconds))
 
 
-def layer_times(cell, T, B, I, H):
-    """Seconds of inference and of training on one thread."""
-    layer = {"lstm": fastrnn.LSTM, "gru": fastrnn.GRU}[cell](I, H, seed=0)
-    x = np.random.default_rng(0).standard_normal((T, B, I), np.float32)
-    d_output = np.ones((T, B, H), np.float32)
-    return median(layer, x), median(lambda: layer.backward(layer.forward(x)[2], d_output))
+def multiply_adds_a_second():
+    n = 2_000_000
+    return 12 * n * (VECTOR_BITS // 32) / median(multiply_adds, np.zeros(1024, np.float32), n)
+
+
+def bytes_read_a_second(size, threads, times=200):
+    """How fast `threads` read `size` bytes again and again, each its own part of them."""
+    parts = [np.zeros(size // 4 // threads, np.float32) for _ in range(threads)]
+    with ThreadPoolExecutor(threads) as pool:
+        seconds = median(lambda: list(pool.map(read, parts, [times] * threads)))
+    return times * size / seconds
+
+
+def record(limit, case, threads, reached, possible):
+    shown = {"reached": results.rounded(reached), "possible": results.rounded(possible)}
+    print(f"{limit}: {case}, {threads} threads: {reached / possible:.0%} of {possible / 1e9:.0f} G/s", flush=True)
+    key = {"limit": limit, "cell": case.cell, "shape": case.shape, "operation": case.operation, "threads": threads}
+    return key | shown | {"share": results.rounded(reached / possible)}
+
+
+def large_batches():
+    """Multiply-adds a second on one core. Backward has two products for each of forward's."""
+    fastrnn.set_num_threads(1)
+    possible = multiply_adds_a_second()
+    T, B, I, H = shape = (50, 64, 512, 512)
+    for cell, gates in (("lstm", 4), ("gru", 3)):
+        for operation, products in (("forward", 1), ("backward", 2), ("training", 3)):
+            case = Case(cell, shape, operation)
+            seconds = median(getattr(Fastrnn(case), operation))
+            yield record("multiply-adds", case, 1, products * T * B * gates * H * (I + H) / seconds, possible)
+
+
+def single_rows():
+    """Bytes of recurrent weights a second."""
+    for H in (256, 512):
+        case = Case("lstm", (100, 1, H, H), "forward")
+        size = 4 * 4 * H * H
+        for threads in sorted({1, min(2, os.cpu_count() or 1)}):
+            fastrnn.set_num_threads(threads)
+            seconds = median(Fastrnn(case).forward)
+            yield record("reading", case, threads, case.shape[0] * size / seconds, bytes_read_a_second(size, threads))
 
 
 def main():
-    fastrnn.set_num_threads(1)
-    x = np.zeros(1024, np.float32)
-    n = 2_000_000
-    peak = 12 * 2 * n * (VECTOR_BITS // 32) / median(multiply_adds, x, n)
-    print(f"multiply-adds, one core: {peak / 1e9:.0f} GFLOP/s")
-    T, B, I, H = 50, 64, 512, 512
-    for cell, gates in (("lstm", 4), ("gru", 3)):
-        inference, training = layer_times(cell, T, B, I, H)
-        operations = 2 * T * B * gates * H * (I + H)
-        share, share_training = operations / inference / peak, 3 * operations / training / peak
-        print(f"{cell} {T},{B},{I},{H}: inference {share:.0%}, training {share_training:.0%} of it")
-    for T, B, I, H in ((100, 1, 256, 256), (100, 1, 512, 512)):
-        weights = 4 * H * H
-        rate = 4 * weights * 200 / median(read, np.zeros(weights, np.float32), 200)
-        inference, _ = layer_times("lstm", T, B, I, H)
-        reached = 4 * weights * T / inference
-        print(
-            f"lstm {T},{B},{I},{H}: recurrent weights at {reached / 1e9:.0f} GB/s, all else included; "
-            f"{4 * weights / 2**20:.1f} MiB are read at {rate / 1e9:.0f} GB/s by a bare loop"
-        )
+    options = results.parser(__doc__).parse_args()
+    print("wrote", results.merge(options.name, "limits", [*large_batches(), *single_rows()]))
 
 
 if __name__ == "__main__":
