@@ -4,16 +4,21 @@ PYTHON ?= python3
 VENV   ?= .venv
 
 # A small build for CPUs in most places; the tests that compare with PyTorch run where it is installed.
-FRAMEWORKS = torch==2.13.0
+# JAX and ONNX Runtime, which the benchmarks compare with, need Python 3.11.
+FRAMEWORKS = torch==2.13.0 onnx==1.23.2 \
+  'onnxruntime==1.31.1; python_version >= "3.11"' 'jax==0.10.2; python_version >= "3.11"'
+
+# What `make bench` measures, each merged into benchmarks/results/<machine>.json.
+SUITE = compare limits growth memory start disturbed
 
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input
 
-.PHONY: help demo test test-all bench check clean
+.PHONY: help demo test test-all bench bench-layers bench-report check clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.installed ## train a character-level language model on Python's own sources and let it write (about a minute)
 	@$(BIN)/python -m fastrnn demo
@@ -21,11 +26,18 @@ demo: $(VENV)/.installed ## train a character-level language model on Python's o
 test: $(VENV)/.test ## run the tests
 	@$(BIN)/python -m pytest tests benchmarks --benchmark-disable $(ARGS)
 
-test-all: $(VENV)/.test-all ## run the tests with every optional package: PyTorch, safetensors
+test-all: $(VENV)/.test-all ## run the tests with every optional package: PyTorch, ONNX Runtime, JAX, matplotlib, safetensors
 	@$(BIN)/python -m pytest tests benchmarks --benchmark-disable -rs $(ARGS)
 
-bench: $(VENV)/.test ## time every cell on the grid of shapes against the NumPy reference (ARGS=--quick for a few shapes)
+bench: $(VENV)/.test-all ## measure everything beside PyTorch, ONNX Runtime and JAX into benchmarks/results (an hour; ARGS=--quick: 4 minutes)
+	@for script in $(SUITE); do $(BIN)/python benchmarks/$$script.py $(ARGS) || exit; done
+
+bench-layers: $(VENV)/.test-all ## time every operation of the layers with pytest-benchmark, in one process (ARGS=--quick for a few shapes)
 	@$(BIN)/python -m pytest benchmarks --benchmark-sort=name --benchmark-columns=median,iqr,rounds $(ARGS)
+
+bench-report: $(VENV)/.test-all ## write the README's figures, benchmarks/RESULTS.md and the pictures from the results
+	@$(BIN)/python benchmarks/pictures.py
+	@$(BIN)/python benchmarks/report.py
 
 check: $(VENV)/.check ## lint, formatting and types
 	@$(BIN)/ruff check
@@ -56,7 +68,7 @@ $(VENV)/.test: $(VENV)/.installed
 
 $(VENV)/.test-all: $(VENV)/.test
 	@echo 'Installing the optional packages into $(VENV) (once)'
-	@$(PIP) --editable '.[test,safetensors]' $(FRAMEWORKS)
+	@$(PIP) --editable '.[test,bench,safetensors]' $(FRAMEWORKS)
 	@touch $@
 
 $(VENV)/.check: $(VENV)/.installed

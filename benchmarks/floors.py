@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 
-os.environ["OPENBLAS_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"] = os.environ["FASTRNN_NUM_THREADS"] = "1"
+if __name__ == "__main__":  # before what imports NumPy, which reads them then
+    os.environ.update({"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "FASTRNN_NUM_THREADS": "1"})
 
 import argparse
 import json

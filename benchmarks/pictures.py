@@ -123,8 +123,11 @@ def limits(records: Sequence[Record]) -> Figure:
 def start(records: Sequence[Record]) -> Figure:
     """Seconds of the import, and of the first call, for LSTM training and inference."""
     records = chosen(records, cell="lstm")
-    figure, axes = plt.subplots(1, 2, figsize=(8.5, 2.6), sharex=True, layout="constrained")
-    for panel, operation in zip(axes, grid.PASSES, strict=True):
+    operations = [operation for operation in grid.PASSES if chosen(records, operation=operation)]
+    figure, axes = plt.subplots(
+        1, len(operations), figsize=(8.5, 2.6), sharex=True, squeeze=False, layout="constrained"
+    )
+    for panel, operation in zip(axes.flat, operations, strict=True):
         bars = []
         for record in chosen(records, operation=operation):
             name = NAMES[record["library"]]
@@ -141,7 +144,7 @@ def start(records: Sequence[Record]) -> Figure:
         panel.margins(x=0.15)
         panel.set_title(f"LSTM {PASSES[operation]}")
         panel.set_xlabel("seconds")
-    handles, labels = axes[0].get_legend_handles_labels()
+    handles, labels = axes.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False)
     return figure
 

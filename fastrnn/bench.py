@@ -62,7 +62,7 @@ def lengths_of(shape: Shape) -> np.ndarray:
     Examples
     --------
     >>> lengths_of((200, 4, 8, 8))
-    array([ 95, 103, 151, 191])
+    array([ 95, 103, 152, 191])
     """
     return np.random.default_rng(1).integers(1, shape[0] + 1, shape[1])
 
