@@ -29,10 +29,10 @@ test: $(VENV)/.test ## run the tests
 test-all: $(VENV)/.test-all ## run the tests with every optional package: PyTorch, ONNX Runtime, JAX, matplotlib, safetensors
 	@$(BIN)/python -m pytest tests benchmarks --benchmark-disable -rs $(ARGS)
 
-bench: $(VENV)/.test-all ## measure everything beside PyTorch, ONNX Runtime and JAX into benchmarks/results (an hour; ARGS=--quick: 4 minutes)
+bench: $(VENV)/.test-all ## measure everything, beside PyTorch, ONNX Runtime and JAX (half an hour; ARGS=--quick: 3 minutes)
 	@for script in $(SUITE); do $(BIN)/python benchmarks/$$script.py $(ARGS) || exit; done
 
-bench-layers: $(VENV)/.test-all ## time every operation of the layers with pytest-benchmark, in one process (ARGS=--quick for a few shapes)
+bench-layers: $(VENV)/.test-all ## time the layers with pytest-benchmark, in one process (ARGS=--quick for a few shapes)
 	@$(BIN)/python -m pytest benchmarks --benchmark-sort=name --benchmark-columns=median,iqr,rounds $(ARGS)
 
 bench-report: $(VENV)/.test-all ## write the README's figures, benchmarks/RESULTS.md and the pictures from the results

@@ -15,7 +15,7 @@ import argparse
 import os
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import grid
 import results
@@ -61,30 +61,39 @@ def options() -> argparse.Namespace:
     return given
 
 
+def missing(name: str, cases: Iterable[Case], threads: int) -> list[Case]:
+    """Those of the cases that the results do not have."""
+    there = {results.key("cases", case) for case in results.read(name).get("cases", [])}
+    return [case for case in cases if results.key("cases", record(case, threads)) not in there]
+
+
+def run(given: argparse.Namespace, cases: Iterable[Case], threads: int, deadline: float) -> bool:
+    """Time the cases and merge each into the results; say whether there was time for all."""
+    workers = {name: Worker(name, threads) for name in dict.fromkeys(["fastrnn", *given.libraries])}
+    try:
+        for case in cases:
+            if time.monotonic() > deadline:
+                return False
+            seconds = bench.measure(workers, case, seconds=given.seconds, rounds=given.rounds, limit=given.limit)
+            found = figures(seconds)
+            results.merge(given.name, "cases", [{**record(case, threads), **found}])
+            print(f"{threads} {case!s:<44}", found["milliseconds"], flush=True)
+        return True
+    finally:
+        for worker in workers.values():
+            worker.close()
+
+
 def main() -> None:
     given = options()
     deadline = time.monotonic() + given.budget
-    there = {results.key("cases", case) for case in results.read(given.name).get("cases", [])}
-    path = None
     for threads in given.threads:
-        cases = [
-            case
-            for case in grid.cases(given.shapes, given.cells, given.passes)
-            if not (given.missing and results.key("cases", record(case, threads)) in there)
-        ]
-        if not cases:
-            continue
-        workers = {name: Worker(name, threads) for name in dict.fromkeys(["fastrnn", *given.libraries])}
-        for case in cases:
-            if time.monotonic() > deadline:
-                raise SystemExit("the time is up; --missing goes on")
-            seconds = bench.measure(workers, case, seconds=given.seconds, rounds=given.rounds, limit=given.limit)
-            found = figures(seconds)
-            path = results.merge(given.name, "cases", [{**record(case, threads), **found}])
-            print(f"{threads} {case!s:<44}", found["milliseconds"], flush=True)
-        for worker in workers.values():
-            worker.close()
-    print(f"wrote {path}" if path else "nothing is missing")
+        cases = list(grid.cases(given.shapes, given.cells, given.passes))
+        cases = missing(given.name, cases, threads) if given.missing else cases
+        if cases and not run(given, cases, threads, deadline):
+            print("the time is up; --missing goes on")
+            break
+    print("results:", results.FOLDER / f"{given.name}.json")
 
 
 if __name__ == "__main__":

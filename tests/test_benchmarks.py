@@ -12,6 +12,7 @@ import grid
 import growth
 import report
 import results
+from fastrnn import bench
 
 CASE = {"cell": "lstm", "shape": [100, 32, 128, 128], "operation": "forward", "lengths": False, "threads": 2}
 
@@ -131,6 +132,14 @@ def test_figures_of_rounds():
         "best_peer": "torch",
     }
     assert compare.figures({name: seconds[name] for name in ("fastrnn", "reference")})["best_peer"] is None
+
+
+def test_missing_cases(monkeypatch):
+    monkeypatch.setattr(results, "read", lambda name: {"cases": [case(), case(operation="training", threads=1)]})
+    forward, training = cases = list(grid.cases(["quick"], ["lstm"]))[:2]
+    there = bench.Case(*(tuple(value) if isinstance(value, list) else value for value in list(CASE.values())[:4]))
+    assert compare.missing("here", [*cases, there], 2) == [forward, training]
+    assert compare.missing("here", [there._replace(operation="training"), there], 1) == [there]
 
 
 def test_slope_and_percentile():
