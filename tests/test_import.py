@@ -53,7 +53,8 @@ output, _, tape = layer.forward(np.zeros((2, 1, 3), np.float32))
 layer.backward(tape, output)
 print(*sys.modules, sep='\\n')
 """
-    assert not set(run(program).split()) & {*FRAMEWORKS, "numba.cuda"}
+    modules = set(run(program).split()) - {"scipy"}  # Numba looks at its version, where JAX or another has brought it
+    assert not modules & {*FRAMEWORKS, "numba.cuda"}
 
 
 def test_warnings_are_errors_at_import():
