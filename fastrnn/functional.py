@@ -50,6 +50,7 @@ def forward(
     reset: Any = None,
     reverse: bool = False,
     training: bool = False,
+    recompute: bool = False,
     backend: str | None = None,
     output: np.ndarray | None = None,
     column: int = 0,
@@ -77,6 +78,9 @@ def forward(
         Walk from each row's last step to its first.
     training : bool
         Whether to return a tape for `backward`.
+    recompute : bool
+        Keep no activations but the output and a state now and then, and let `backward` run the forward pass again,
+        piece by piece: the same gradients, to the last bit, for less memory and more time. Only with `training`.
     backend : str, optional
         "cpu" (the default) or "reference".
     output : numpy.ndarray, optional
@@ -124,13 +128,14 @@ def forward(
     reset = check_reset(reset, (T, B), "(T, B)")
     reverse = check_flag("reverse", reverse)
     training = check_flag("training", training)
+    recompute = check_recompute(recompute, training)
     column = check_integer("column", column, 0)
     if output is not None:
         _check_output(output, T, B, W, column, dtype)
     elif column:
         raise ValueError(f"column is {column} without an output, expected 0")
     items = 0 if output is not None else T * B * W
-    items += T * B * (GATES[cell] + len(sizes)) * H if training else 0
+    items += T * B * (GATES[cell] + len(sizes)) * H if training and not recompute else 0
     check_memory(items * dtype.itemsize + copied_bytes(x), f"{cell} forward with T = {T}, B = {B}, I = {I} and H = {H}")
     x = contiguous(x)
     if output is not None:
@@ -145,6 +150,7 @@ def forward(
         reset=reset,
         reverse=reverse,
         training=training,
+        recompute=recompute,
         output=output,
         column=column,
     )
@@ -357,6 +363,13 @@ def check_flag(name: str, value: Any) -> bool:
     if not isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name} is {_a(value)}, expected True or False")
     return bool(value)
+
+
+def check_recompute(recompute: Any, training: bool) -> bool:
+    recompute = check_flag("recompute", recompute)
+    if recompute and not training:
+        raise ValueError("recompute is True without training: there is no backward pass that could compute again")
+    return recompute
 
 
 def check_names(name: str, values: Any) -> list[Any]:

@@ -140,15 +140,23 @@ class Recurrent:
     def _start(self, parameters: Params, seed: int | None) -> None:
         self._parameters = Parameters(parameters)
         self._parts = self._spec.split(self._parameters)
+        self._prepared: list[Any] | None = None
         # A stream of its own: how many numbers the initial parameters took does not change the masks.
         self._random = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(1,)))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_parts"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_parts", "_prepared")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._parts = self._spec.split(self._parameters)
+        self._prepared = None
+
+    def _prepare(self) -> list[Any]:
+        """Return each layer's directions in the backend's hands, which may keep what it makes of the parameters."""
+        prepare = backends.load(self._backend).prepare
+        self._prepared = [prepare(self._spec.cell, part) for part in self._parts]
+        return self._prepared
 
     def __call__(
         self, x: Array, state: LayerState = None, *, lengths: Any = None, reset: Any = None
@@ -195,11 +203,22 @@ class Recurrent:
         >>> output.shape, h.shape
         ((7, 4, 10), (4, 4, 5))
         """
+        if lengths is None and reset is None and type(x) is Array and x.ndim == 3 and not self._batch_first:
+            T, B, I = x.shape
+            result = self._again(x.reshape(T * B, I), T, state)
+            if result is not None:
+                return result[0].reshape(T, B, -1), result[1]
         output, state, _ = self._run(x, state, lengths, reset, training=False)
         return output, state
 
     def forward(
-        self, x: Array, state: LayerState = None, *, lengths: Any = None, reset: Any = None
+        self,
+        x: Array,
+        state: LayerState = None,
+        *,
+        lengths: Any = None,
+        reset: Any = None,
+        recompute: bool = False,
     ) -> tuple[Array, LayerState, Tape]:
         """Run the layer as a call does, for training: dropout acts, and a tape is kept for `backward`.
 
@@ -209,6 +228,9 @@ class Recurrent:
         ----------
         x, state, lengths, reset
             As for a call of the layer.
+        recompute : bool
+            Keep no activations but the layers' outputs and a state now and then, and let `backward` run the forward
+            pass again, piece by piece: the same gradients, to the last bit, for less memory and more time.
 
         Returns
         -------
@@ -232,7 +254,7 @@ class Recurrent:
         >>> gradients.x.shape, gradients.params["weight_hh_l0"].shape
         ((7, 4, 3), (20, 5))
         """
-        return self._run(x, state, lengths, reset, training=True)
+        return self._run(x, state, lengths, reset, training=True, recompute=recompute)
 
     def backward(self, tape: Tape, d_output: Array | None = None, d_state: LayerState = None) -> Gradients:
         """Return the gradients of x, of the initial state and of every parameter.
@@ -330,6 +352,10 @@ class Recurrent:
         >>> y.shape, state.shape
         ((5,), (1, 5))
         """
+        if type(x_t) is Array and x_t.ndim == 2:
+            result = self._again(x_t, 1, state)
+            if result is not None:
+                return result
         spec, dtype = self._spec, self._dtype
         if spec.bidirectional:
             raise ValueError("step: the layer is bidirectional, expected one that needs no future input")
@@ -344,15 +370,24 @@ class Recurrent:
         B = x_t.shape[0] if batched else 1
         output = functional.contiguous(x_t).reshape(1, B, spec.input_size)
         states = self._check_state("state", state, B, batched)
-        forward = backends.load(self._backend).forward
         last = []
-        for k, part in enumerate(self._parts):
-            output, new, _ = forward(spec.cell, output, part, tuple([array[k] for array in states]))
+        for k, layer in enumerate(self._prepared or self._prepare()):
+            output, new, _ = layer.forward(output, tuple([array[k] for array in states]))
             last.append(new)
         return output[0] if batched else output[0, 0], self._join(last, batched)
 
+    def _again(self, x: Array, T: int, state: LayerState) -> tuple[Array, LayerState] | None:
+        """Return what the last call would with another x (T * B, I) and state, in less time; None if it was not alike."""
+        prepared = self._prepared
+        if prepared is None or len(prepared) > 1:
+            return None
+        if type(state) is tuple:
+            return prepared[0].again(x, T, state) if len(state) == 2 else None
+        result = prepared[0].again(x, T, None if state is None else (state,))
+        return (result[0], result[1][0]) if result is not None and len(result[1]) == 1 else result
+
     def _run(
-        self, x: Array, state: LayerState, lengths: Any, reset: Any, training: bool
+        self, x: Array, state: LayerState, lengths: Any, reset: Any, training: bool, recompute: bool = False
     ) -> tuple[Array, LayerState, Any]:
         spec, D, W = self._spec, self._spec.directions, self._spec.output_size
         batched = not (isinstance(x, Array) and x.ndim == 2)
@@ -368,10 +403,11 @@ class Recurrent:
         states = self._check_state("state", state, B, batched)
         lengths = functional.check_lengths(lengths, T, B if batched else None)
         reset = self._check_reset(reset, T, B, batched)
-        self._check_run(x, training)
+        recompute = functional.check_recompute(recompute, training)
+        self._check_run(x, training, recompute)
 
         x = functional.contiguous(x)
-        kernels = backends.load(self._backend)
+        kernels, prepared = backends.load(self._backend), self._prepared or self._prepare()
         tapes, masks, last = [], [], []
         for layer in range(spec.num_layers):
             if layer and training and self._dropout:
@@ -381,15 +417,14 @@ class Recurrent:
             output = np.empty((T, B, D * W), self._dtype)
             for d in range(D):
                 k = layer * D + d
-                _, new, tape = kernels.forward(
-                    spec.cell,
+                _, new, tape = prepared[k].forward(
                     x,
-                    self._parts[k],
                     tuple([array[k] for array in states]),
                     lengths=lengths,
                     reset=reset,
                     reverse=d == 1,
                     training=training,
+                    recompute=recompute,
                     output=output,
                     column=d * W,
                 )
@@ -473,13 +508,13 @@ class Recurrent:
             array = array.swapaxes(0, 1)
         return functional.contiguous(array)
 
-    def _check_run(self, x: Array, training: bool) -> None:
+    def _check_run(self, x: Array, training: bool, recompute: bool) -> None:
         """Raise MemoryError if the outputs and tapes cannot fit into memory."""
         spec = self._spec
         T, B, I = x.shape
         K, W, H = len(self._parts), spec.output_size, spec.hidden_size
         numbers = W * (K if training else min(K, 2 * spec.directions))
-        if training:
+        if training and not recompute:
             numbers += K * (GATES[spec.cell] + len(spec.state_sizes)) * H
         size = T * B * numbers * self._dtype.itemsize + functional.copied_bytes(x)
         functional.check_memory(size, f"{type(self).__name__} with T = {T}, B = {B}, I = {I} and H = {H}")

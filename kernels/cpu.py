@@ -15,26 +15,30 @@ from typing import NamedTuple
 import numpy as np
 from llvmlite import binding
 from numba.core import config
+from numpy import empty, ndarray
 
-from fastrnn.kernels import threads
-from fastrnn.kernels.cells import CELLS, LSTM_PROJECTED, Cell
+from fastrnn.kernels import barrier, threads
+from fastrnn.kernels.cells import CELLS, LSTM_PROJECTED
+from fastrnn.kernels.packing import address, checksum_of, pack_columns, pack_stage
 from fastrnn.kernels.product import (
     IN_FLIGHT,
     OUTER_BLOCK,
     VECTORS,
     outer_work,
-    pack_columns,
-    pack_stage,
     rows_in_tile,
 )
 from fastrnn.kernels.simd import VECTOR_BITS, machine
-from fastrnn.kernels.stage import SOURCE, UNITS, call
+from fastrnn.kernels.stage import SOURCE, UNITS, call, entry
 from fastrnn.kernels.walk import (
+    DONE,
+    JOB,
     ROWS,
     TILE_ROWS,
+    Back,
+    Crew,
+    Scratch,
     Sequences,
     Sizes,
-    Sums,
     Way,
     Weights,
     backward_rows,
@@ -47,20 +51,27 @@ SLICE_SECONDS = 0.08  # between looks at Ctrl-C, as estimated from what a slow C
 SLOW_FLOPS, SLOW_BYTES = 2e8 * VECTOR_BITS, 1e10  # operations, and bytes of weights read, in a second
 CHUNK_BYTES = 1 << 22  # gate gradients that are kept until the weight gradients are summed
 AHEAD_BYTES = 1 << 17  # gate sums that are made ahead: a part of the second-level cache
-THREAD_FLOPS = 8e6  # work that is worth waking a thread for
+THREAD_FLOPS = 6e6  # work that is worth waking a thread for
+FEW_ROWS = 3  # a thread: fewer share units rather than rows
+SLOT_BYTES = 1 << 18  # states of steps that threads share
 
 
 class Rows(NamedTuple):
-    """Rows by decreasing length, and how many of them are active at each step."""
+    """Rows by decreasing length, and how many of them are active at each step; all empty where all have every step."""
 
     order: np.ndarray
     active: np.ndarray
     lengths: np.ndarray | None  # in order
     steps: int  # of all rows together
 
-    def share(self, part: int, parts: int) -> tuple[int, int]:
+    def counts(self, size, reverse) -> list[int]:
+        """How many rows are active at each step, in the order of the walk."""
+        if self.lengths is None:
+            return [size.batch] * size.steps
+        return (self.active[::-1] if reverse else self.active).tolist()
+
+    def share(self, part: int, parts: int, batch: int) -> tuple[int, int]:
         """First and last row of a part, parts being of nearly equal work."""
-        batch = len(self.order)
         if self.lengths is None or parts == 1:
             return batch * part // parts, batch * (part + 1) // parts
         done = np.cumsum(self.lengths)
@@ -69,36 +80,31 @@ class Rows(NamedTuple):
 
     def restore(self, array: np.ndarray) -> np.ndarray:
         """A copy of [B, ...] in the caller's order."""
+        if self.lengths is None:
+            return array.copy()
         restored = np.empty(array.shape, array.dtype)
         restored[self.order] = array
         return restored
 
 
 class Tape(NamedTuple):
-    """What backward needs of a forward pass. It refers to the caller's x, params and output, and owns the rest."""
+    """What backward needs of a forward pass. It refers to the caller's x, params, state and output, and owns the rest."""
 
-    cell: Cell
+    prepared: Prepared
     size: Sizes
-    x: np.ndarray
-    params: dict
     rows: Rows
     walk: Sequences
-    initial: np.ndarray  # [states, B, ld]
+    states: list[tuple]  # the initial ones; with `recompute`, those before each chunk
+    recompute: bool
+    checksum: int  # of the parameters
 
 
 def _sort(lengths, steps, batch) -> Rows:
     if lengths is None:
-        return Rows(np.arange(batch, dtype=np.int64), np.full(steps, batch, np.int64), None, steps * batch)
+        return Rows(_constant(), _constant(), None, steps * batch)
     order = np.argsort(-lengths, kind="stable").astype(np.int64, copy=False)
     active = np.searchsorted(-lengths[order], -np.arange(steps), side="left").astype(np.int64)
     return Rows(order, active, lengths[order], int(lengths.sum()))
-
-
-def _sizes(cell, x, params) -> Sizes:
-    steps, batch, inputs = x.shape
-    hidden = params["weight_ih"].shape[0] // cell.gates
-    line = VECTORS * VECTOR_BITS // (8 * x.itemsize)
-    return Sizes(steps, batch, inputs, hidden, params["weight_hh"].shape[1], -(-hidden // line) * line)
 
 
 def _aligned(count, dtype, zero=False):
@@ -120,22 +126,11 @@ def _constant(*numbers):
     return np.array(numbers, np.int64)
 
 
-def _flops(cell, size, rows) -> float:
-    """Multiplications and additions of a forward pass over so many rows and steps."""
-    return 2.0 * rows * cell.gates * size.hidden * (size.inputs + size.h)
-
-
-def _shares(rows, flops):
-    """(first row, last row) of each thread's part: as many parts as the work is worth."""
-    parts = int(max(1, min(threads.get_num_threads(), len(rows.order), flops // THREAD_FLOPS)))
-    return [rows.share(p, parts) for p in range(parts)]
-
-
 # ---- weights
 
 
-def _pack_columns(weight, blocks, block_rows, width):
-    line = VECTORS * width
+def _pack_columns(weight, blocks, block_rows):
+    line = _line(weight.dtype)
     packed = _aligned(-(-weight.shape[1] // line) * len(blocks) * block_rows * line, weight.dtype)
     call(
         pack_columns, weight.dtype, SOURCE, weight.reshape(-1), weight.shape[1], _constant(*blocks), block_rows, packed
@@ -143,28 +138,334 @@ def _pack_columns(weight, blocks, block_rows, width):
     return packed
 
 
-def _pack_stage(stage, params, size) -> Weights:
+def _pack_stage(stage, params, hidden, h_size) -> Weights:
     """One stage's weights and biases for the forward walk."""
-    dtype = params["weight_ih"].dtype
+    x, h = params["weight_ih"], params["weight_hh" if stage.x_blocks else "weight_hr"]
+    dtype, inputs = x.dtype, x.shape[1]
     gated = bool(stage.x_blocks)  # if not, it is the projection
-    results = size.hidden if gated else size.h
-    x, h = params["weight_ih"], params["weight_hh" if gated else "weight_hr"]
-    width, unit_vectors = VECTOR_BITS // (8 * dtype.itemsize), UNITS[stage.name]
-    panels = -(-results // (unit_vectors * width))
-    x_size = panels * size.inputs * len(stage.x_blocks) * unit_vectors * width
-    h_size = panels * h.shape[1] * len(stage.h_blocks) * unit_vectors * width
-    memory = _aligned(x_size + h_size + panels * stage.gates * unit_vectors * width, dtype)
-    weights = Weights(memory[:x_size], memory[x_size : x_size + h_size], memory[x_size + h_size :])
+    results = hidden if gated else h_size
+    line = UNITS[stage.name] * VECTOR_BITS // (8 * dtype.itemsize)
+    panels = -(-results // line)
+    h_at = panels * inputs * len(stage.x_blocks) * line
+    bias_at = h_at + panels * h.shape[1] * len(stage.h_blocks) * line
+    packed = _aligned(bias_at + panels * stage.gates * line, dtype)
     bias = gated and "bias_ih" in params
     call(
-        pack_stage, dtype, SOURCE, x.reshape(-1), size.inputs, _constant(*stage.x_blocks), h.reshape(-1), h.shape[1],
+        pack_stage, dtype, SOURCE, x.reshape(-1), inputs, _constant(*stage.x_blocks), h.reshape(-1), h.shape[1],
         _constant(*stage.h_blocks), params["bias_ih"].reshape(-1) if bias else _none(dtype),
-        params["bias_hh"].reshape(-1) if bias else _none(dtype), stage.gates, results, unit_vectors, *weights,
+        params["bias_hh"].reshape(-1) if bias else _none(dtype), stage.gates, results, UNITS[stage.name],
+        packed[:h_at], packed[h_at:bias_at], packed[bias_at:],
     )  # fmt: skip
-    return weights
+    return Weights(packed, h_at, bias_at)
+
+
+class Packed(NamedTuple):
+    """Weights as the forward walk takes them."""
+
+    checksum: int  # of what they were made of
+    first: Weights
+    second: Weights
 
 
 # ---- forward
+
+
+def _address(array) -> int:
+    return call(address, (array.dtype, array.ndim), SOURCE, array)
+
+
+class Plan:
+    """How calls of one shape are carried out, and the memory that one of them at a time works in."""
+
+    def __init__(self, prepared, key, size, crews, scratch, length):
+        self.key = key
+        self.size = size
+        self.crews = crews
+        self.length = length  # steps of a call
+        self.steps = size.steps
+        self.entry = None  # the compiled kernel, where the last call was a plain one
+        self.output_shape = (size.steps * size.batch, size.h)
+        self.states = tuple([(1, size.batch, n) for n in (size.h, size.hidden)][: prepared.cell.states])
+        self.zeros = tuple([np.zeros(shape, prepared.dtype) for shape in self.states])
+        self.packed: Packed | None = None
+        self.options: tuple | None = None
+        values = _aligned(prepared.cell.values * size.slots * size.batch * size.ld, prepared.dtype, zero=True)
+        self.memory = [values, scratch]  # the jobs hold addresses alone
+        self.jobs = jobs = np.zeros(len(crews), JOB)
+        for name, value in size._asdict().items():
+            jobs[name] = value
+        jobs["values"] = _address(values)
+        jobs["tape_row"] = prepared.cell.tape * size.hidden
+        jobs["params"] = [_address(array) for array in prepared.arrays]
+        jobs["counts"] = [array.size for array in prepared.arrays]
+        for job, crew, own in zip(jobs, crews, scratch, strict=True):
+            job["row0"], job["row1"], job["part"], _, sync = crew
+            job["sync"] = _address(sync)
+            job["ahead"] = own.ahead
+            job["sums"] = _address(own.first), _address(own.second)
+            job["places"] = _address(own.places), own.buffer, own.output, own.tape
+        self.arguments = (*prepared.stages, jobs, 0, 1)
+
+    def take(self, packed):
+        """Use these weights. A single thread checks on its way whether they are still those of the parameters."""
+        self.packed = packed
+        both = packed.first, packed.second
+        self.jobs["packed"] = [_address(weights.packed) for weights in both]
+        self.jobs["packed_h"] = [weights.h for weights in both]
+        self.jobs["packed_bias"] = [weights.bias for weights in both]
+        self.jobs["checksum"] = packed.checksum if len(self.crews) == 1 else 0
+
+    def state(self, s, rows) -> tuple:
+        """A copy of the states before step s, in the caller's order."""
+        size = self.size
+        slots = self.memory[0].reshape(-1, size.slots, size.batch, size.ld)[:, s % size.slots]
+        return tuple([rows.restore(slots[v, :, : shape[2]])[None] for v, shape in enumerate(self.states)])
+
+    def set(self, *options):
+        """What the call is asked for: integers, in the order of OPTIONS."""
+        if options != self.options:
+            self.options = options
+            for name, value in zip(OPTIONS, options, strict=True):
+                self.jobs[name] = value
+
+
+OPTIONS = ("output_row", "column", "tape", "tape_start", "order", "active", "reset", "reverse")
+
+
+class Prepared:
+    """One layer in one direction, for calls again and again: packed weights and memory to work in are kept.
+
+    The parameters may change between calls, in place, too: each call compares their checksum with that of what was
+    packed. Any number of threads may call at once.
+    """
+
+    def __init__(self, cell, params, keep=True):
+        self.cell = LSTM_PROJECTED if "weight_hr" in params else CELLS[cell]
+        self.stages = self.cell.stages if len(self.cell.stages) == 2 else (*self.cell.stages, None)
+        self.params = params
+        self.dtype = params["weight_ih"].dtype
+        self.hidden = params["weight_ih"].shape[0] // self.cell.gates
+        self.h = params["weight_hh"].shape[1]
+        self.key = (self.cell.name, self.dtype)
+        self.d_row = self.cell.slots * self.hidden + (self.h if "weight_hr" in params else 0)  # gate gradients of a row
+        self.keep = keep
+        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
+        self.arrays = [params[name].reshape(-1) if name in params else _none(self.dtype) for name in names]
+        self._packed: Packed | None = None
+        self._packed_back: tuple | None = None
+        self._plans: list[Plan] = []
+
+    def packed(self) -> Packed:
+        """The weights as they are now."""
+        checksum = call(checksum_of, self.dtype, SOURCE, *self.arrays) if self.keep else 0
+        packed = self._packed
+        if packed is None or packed.checksum != checksum:
+            first = _pack_stage(self.stages[0], self.params, self.hidden, self.h)
+            second = self.stages[1] and _pack_stage(self.stages[1], self.params, self.hidden, self.h)
+            packed = self._packed = Packed(checksum, first, second or first)
+        return packed
+
+    def forward(
+        self, x, state, *, lengths=None, reset=None, reverse=False, training=False, recompute=False, output=None,
+        column=0,
+    ):  # fmt: skip
+        """As the module's :func:`forward`."""
+        rows = _sort(lengths, *x.shape[:2])
+        plan = self.plan(x.shape, rows, reset is not None)
+        size = plan.size
+        if output is None:
+            output = np.empty((size.steps, size.batch, size.h), self.dtype)
+        if lengths is not None:
+            output[:, :, column : column + size.h] = 0
+        initial = tuple([s[None] for s in state])
+        # Rows without a step keep their state.
+        final = tuple([s.copy() if lengths is not None or not size.steps else np.empty_like(s) for s in initial])
+        tape_row = self.cell.tape * size.hidden
+        walk = Sequences(
+            x, output, output.shape[2], column,
+            np.empty(size.steps * size.batch * tape_row if training and not recompute else 0, self.dtype), tape_row, 0,
+            rows.order, rows.active, _none(np.bool_) if reset is None else reset, reverse,
+        )  # fmt: skip
+        states = [initial]  # before each chunk of the way back
+        for s0, s1, _ in self.chunks(size, rows, reverse) if recompute else [(0, size.steps, None)]:
+            if s0:
+                states.append(plan.state(s0, rows))
+            self.walk(plan, walk, initial, final, s0, s1, begins=s0 == 0)
+        plain = plan.options == (size.h,) + (0,) * 7 and len(plan.crews) == 1 and size.steps <= plan.length
+        plain = plain and size.steps > 0
+        plan.entry = entry(forward_rows, self.key) if plain else None
+        tape = Tape(self, size, rows, walk, states, recompute, plan.packed.checksum) if training else None
+        self.give_back(plan, rows)
+        return output, tuple([s[0] for s in final]), tape
+
+    def again(self, x, steps, state):
+        """The last call once more with other numbers, if it was a plain one of these sizes: its output and state.
+
+        None if it was not, or if the numbers are not arrays in order. Here x is (T * B, I), so is the output, and the
+        state's arrays have a first axis of length 1; None is a state of zeros.
+        """
+        plans = self._plans
+        if not plans:
+            return None
+        try:
+            plan = plans.pop()
+        except IndexError:  # another thread was faster
+            return None
+        result = None
+        dtype, shapes = self.dtype, plan.states
+        if plan.entry is not None and plan.steps == steps and x.dtype is dtype:
+            if state is None:
+                state = plan.zeros
+            final = [
+                empty(shape, dtype)
+                for shape, s in zip(shapes, state)  # noqa: B905 (strict takes longer)
+                if type(s) is ndarray and s.dtype is dtype and s.ndim == 3
+            ]
+            if len(final) == len(state) == len(shapes):
+                output, final = empty(plan.output_shape, dtype), tuple(final)
+                if plan.entry(*plan.arguments, x, output, state, final, True, 0, steps) == DONE:
+                    result = output, final
+        plans.append(plan)
+        return result
+
+    def walk(self, plan, walk, initial, final, s0, s1, begins):
+        """Steps s0 to s1, on as many threads as there are crews."""
+        plan.set(
+            walk.output_row, walk.column, _address(walk.tape), walk.tape_start, _address(walk.order),
+            _address(walk.active), _address(walk.reset), int(walk.reverse),
+        )  # fmt: skip
+        x, output = walk.x.reshape(-1, plan.size.inputs), walk.output.reshape(-1, walk.output_row)
+        one = len(plan.crews) == 1
+        if plan.packed is None or not one:
+            packed = self.packed()
+            if packed is not plan.packed:
+                plan.take(packed)
+
+        def part(crew, p):
+            return call(
+                forward_rows, self.key, *self.stages, plan.jobs, p, crew.parts, x, output, initial, final,
+                begins and start == s0, start, end,
+            )  # fmt: skip
+
+        for start in range(s0, s1, plan.length):
+            end = min(start + plan.length, s1)
+            if not one:
+                _run(part, plan.crews)
+            elif part(plan.crews[0], 0) != DONE:  # the parameters have changed
+                plan.take(self.packed())
+                part(plan.crews[0], 0)
+
+    def chunks(self, size, rows, reverse):
+        """(first step, last step, first row of each step) of the pieces between which weight gradients are summed."""
+        seconds = _slice(self.cell, size, 2 * _flops(self.cell, size, rows.steps))
+        return _chunks(rows.counts(size, reverse), self.d_row * self.dtype.itemsize, seconds)
+
+    def plan(self, shape, rows, reset) -> Plan:
+        """How to go about x of that shape: the last plan if it was for such a call."""
+        key = (shape, reset, threads.get_num_threads())
+        if rows.lengths is None and self._plans:
+            try:
+                plan = self._plans.pop()
+            except IndexError:  # another thread was faster
+                pass
+            else:
+                if plan.key == key:
+                    return plan
+        ld = -(-self.hidden // _line(self.dtype)) * _line(self.dtype)
+        size = Sizes(*shape, self.hidden, self.h, ld, 2)
+        flops = _flops(self.cell, size, rows.steps)
+        size, crews = self.crews(size, rows, flops, can_share=not reset)
+        length = min(_slice(self.cell, size, flops), _length(size, crews))
+        scratch = [_scratch(*self.stages, size, crew.row1 - crew.row0, self.dtype) for crew in crews]
+        return Plan(self, key, size, crews, scratch, length)
+
+    def give_back(self, plan, rows):
+        """Keep a plan for the next call."""
+        if self.keep and rows.lengths is None:
+            self._plans.append(plan)
+
+    def crews(self, size, rows, flops, can_share) -> tuple[Sizes, list[Crew]]:
+        """Who does what: threads share the rows or, where these are few, the units; the latter needs more slots."""
+        batch, parts = size.batch, _parts(self.cell, size, flops)
+        most = min(threads.cores(), -(-size.h // _line(self.dtype)))  # more could not run at a time
+        if can_share and batch < parts * FEW_ROWS and min(parts, most) > 1:
+            parts = min(parts, most)
+            slots = SLOT_BYTES // (self.cell.values * batch * size.ld * self.dtype.itemsize)
+            sync = barrier.new(parts, _patience(flops / max(1, size.steps)))
+            crews = [Crew(0, batch, p, parts, sync) for p in range(parts)]
+            return size._replace(slots=1 + max(8, min(slots, size.steps))), crews
+        parts = max(1, min(parts, batch))
+        return size._replace(slots=2), [Crew(*rows.share(p, parts, batch), 0, 1, _constant()) for p in range(parts)]
+
+    def packed_back(self, checksum):
+        """(weights of x, its rows, products of the first and second stage with h) for the way back."""
+        if self._packed_back is not None and self.keep and self._packed_back[0] == checksum:
+            return self._packed_back[1]
+        first, second = self.stages
+        hidden, params = self.hidden, self.params
+        x_blocks = first.x_blocks
+        # Columns of d where the gate gradients of each stage's product with h begin.
+        column = (first.gates - len(first.h_blocks)) * hidden
+        count = len(first.h_blocks) * hidden
+        back = back2 = Back(_pack_columns(params["weight_hh"], first.h_blocks, hidden), column, count)
+        if second is not None and second.x_blocks:
+            x_blocks += second.x_blocks
+            back2 = Back(
+                _pack_columns(params["weight_hh"], second.h_blocks, hidden), count, len(second.h_blocks) * hidden
+            )
+        elif second is not None:
+            back2 = Back(_pack_columns(params["weight_hr"], second.h_blocks, self.h), self.d_row - self.h, self.h)
+        wx = _pack_columns(params["weight_ih"], x_blocks, hidden)
+        packed = (wx, len(x_blocks) * hidden, back, back2)
+        self._packed_back = (checksum, packed)
+        return packed
+
+
+def _line(dtype) -> int:
+    """Numbers in a panel of a plain product; buffers have rows of so many, too."""
+    return VECTORS * VECTOR_BITS // (8 * dtype.itemsize)
+
+
+def _length(size, crews) -> int:
+    """Most steps in a call: those that share units take a slot for each."""
+    return size.slots - 1 if crews[0].parts > 1 else max(1, size.steps)
+
+
+def _run(part, crews):
+    """part(crew, p) for each crew, on as many threads."""
+    if len(crews) == 1:
+        part(crews[0], 0)
+    elif crews[0].parts == 1:
+        threads.run(lambda p, _: part(crews[p], p), len(crews))
+    else:
+        sync = crews[0].sync
+        barrier.renew(sync)
+        threads.share(lambda p, parts: part(crews[p]._replace(parts=parts), p), len(crews))
+        if barrier.failed(sync):
+            threads.rest()
+
+
+def _flops(cell, size, rows) -> float:
+    """Multiplications and additions of a forward pass over so many rows and steps."""
+    return 2.0 * rows * cell.gates * size.hidden * (size.inputs + size.h)
+
+
+def _parts(cell, size, flops) -> int:
+    """How many threads the work is worth; reading the weights at every step counts, too."""
+    reading = 2.0 * 4 * size.steps * cell.gates * size.hidden * size.h
+    return int(max(1, min(threads.get_num_threads(), max(flops, reading) // THREAD_FLOPS)))
+
+
+def _patience(flops) -> int:
+    """Pauses after which a thread is given up that takes part in steps of so much work."""
+    return int(1500 + flops / 500)
+
+
+def _slice(cell, size, flops) -> int:
+    """Steps between two looks at Ctrl-C."""
+    weights = cell.gates * size.hidden * (size.inputs + size.h)
+    seconds = flops / max(size.steps, 1) / SLOW_FLOPS + 4 * weights / SLOW_BYTES
+    return max(1, int(SLICE_SECONDS / max(seconds, 1e-9)))
 
 
 def _ahead(stage, size, rows, sums_row, itemsize) -> int:
@@ -175,91 +476,31 @@ def _ahead(stage, size, rows, sums_row, itemsize) -> int:
     return max(1, min(size.steps, max(room, -(-8 // rows)), 256))
 
 
-def _sums(first, second, size, row0, row1, dtype) -> Sums:
-    """Scratch of the forward walk for the rows row0 to row1."""
+def _scratch(first, second, size, rows, dtype) -> Scratch:
+    """Memory of the forward walk for so many rows."""
     width = VECTOR_BITS // (8 * dtype.itemsize)
-    rows = row1 - row0
     panel = first.gates * UNITS[first.name] * width
     sums_row = -(-size.hidden // (UNITS[first.name] * width)) * panel
     ahead = _ahead(first, size, rows, sums_row, dtype.itemsize)
     few_rows = IN_FLIGHT * VECTORS * width * 2  # of several panels
     g = _aligned(max(ahead * rows * sums_row, min(rows, ROWS) * panel, few_rows), dtype)
     g2 = g if second is None else _aligned(max(ROWS * second.gates * UNITS[second.name] * width, few_rows), dtype)
-    places = [np.empty(n, np.int64) for n in (max(1, ahead) * rows, rows, rows, size.batch)]
-    return Sums(ahead, g, g2, *places)
+    buffer = max(1, ahead) * rows
+    return Scratch(ahead, g, g2, np.empty(buffer + 3 * rows, np.int64), buffer, buffer + rows, buffer + 2 * rows)
 
 
-def _slice(cell, size, flops) -> int:
-    """Steps between two looks at Ctrl-C."""
-    weights = cell.gates * size.hidden * (size.inputs + size.h)
-    seconds = flops / max(size.steps, 1) / SLOW_FLOPS + 4 * weights / SLOW_BYTES
-    return max(1, int(SLICE_SECONDS / max(seconds, 1e-9)))
+prepare = Prepared
 
 
-def forward(cell, x, params, state, *, lengths=None, reset=None, reverse=False, training=False, output=None, column=0):
+def forward(
+    cell, x, params, state, *, lengths=None, reset=None, reverse=False, training=False, recompute=False, output=None,
+    column=0,
+):  # fmt: skip
     """One layer in one direction; arguments and results are those of :func:`fastrnn.functional.forward`, unchecked."""
-    cell = LSTM_PROJECTED if "weight_hr" in params else CELLS[cell]
-    dtype = x.dtype
-    size = _sizes(cell, x, params)
-    rows = _sort(lengths, size.steps, size.batch)
-    first, second = cell.stages if len(cell.stages) == 2 else (*cell.stages, None)
-    if output is None:
-        output = np.empty((size.steps, size.batch, size.h), dtype)
-    if lengths is not None:
-        output[:, :, column : column + size.h] = 0
-    tape = np.empty(size.steps * size.batch * cell.tape * size.hidden, dtype) if training else np.empty(0, dtype)
-    walk = Sequences(
-        x.reshape(-1),
-        output.reshape(-1),
-        output.shape[2],
-        column,
-        tape,
-        cell.tape * size.hidden,
-        rows.order,
-        rows.active,
-        _none(np.bool_) if reset is None else reset.reshape(-1),
-        reverse,
-    )
-    weights = _pack_stage(first, params, size)
-    weights2 = weights if second is None else _pack_stage(second, params, size)
-
-    values = _aligned(cell.values * 2 * size.batch * size.ld, dtype, zero=True)
-    slots = values.reshape(cell.values, 2, size.batch, size.ld)
-    for v, s in enumerate(state):
-        slots[v, :, :, : s.shape[1]] = s if lengths is None else s[rows.order]
-    final = slots[: cell.states, 0].copy()
-    initial = final.copy() if training else final
-
-    flops = _flops(cell, size, rows.steps)
-    shares = _shares(rows, flops)
-    sums = [_sums(first, second, size, *share, dtype) for share in shares]
-    length = _slice(cell, size, flops)
-    for s0 in range(0, size.steps, length):
-        s1 = min(s0 + length, size.steps)
-
-        def part(p, _, s0=s0, s1=s1):
-            call(
-                forward_rows,
-                (cell.name, dtype),
-                first,
-                second,
-                size,
-                walk,
-                weights,
-                weights2,
-                cell.states,
-                values,
-                final.reshape(-1),
-                sums[p],
-                s0,
-                s1,
-                *shares[p],
-            )
-
-        threads.run(part, len(shares))
-    ends = tuple(final[v, :, : s.shape[1]] for v, s in enumerate(state))
-    ends = tuple(end.copy() if lengths is None else rows.restore(end) for end in ends)
-    return output, ends, Tape(cell, size, x, params, rows, walk, initial) if training else None
+    return Prepared(cell, params, keep=False).forward(
+        x, state, lengths=lengths, reset=reset, reverse=reverse, training=training, recompute=recompute, output=output,
+        column=column,
+    )  # fmt: skip
 
 
 # ---- backward
@@ -273,7 +514,7 @@ def _chunks(active, row_bytes, steps):
     """
     most = max(CHUNK_BYTES // row_bytes, OUTER_BLOCK)
     chunks, start, bases = [], 0, [0]
-    for s, rows in enumerate(active.tolist()):
+    for s, rows in enumerate(active):
         bases.append(bases[-1] + rows)
         if bases[-1] >= most or len(bases) > steps or s + 1 == len(active):
             chunks.append((start, s + 1, np.array(bases, np.int64)))
@@ -281,46 +522,51 @@ def _chunks(active, row_bytes, steps):
     return chunks
 
 
-def _way(tape, d_state, most_rows, d_row) -> Way:
-    """Buffers of the way back, holding the gradients of the final state."""
-    size, dtype = tape.size, tape.x.dtype
-    dh, middle, carried = (_aligned(size.batch * size.ld, dtype, zero=True) for _ in range(3))
-    for buffer, s in zip((dh, carried), d_state or (), strict=False):
-        if s is not None:
-            buffer.reshape(size.batch, size.ld)[:, : s.shape[1]] = s[tape.rows.order]
-    previous = _aligned(tape.cell.states * most_rows * size.ld, dtype, zero=True)
+def _way(tape, d_state, most_rows, d_row, slots) -> Way:
+    """Buffers of the way back."""
+    size, dtype = tape.size, tape.walk.x.dtype
+    dh, carried = (_aligned(slots * size.batch * size.ld, dtype, zero=True) for _ in range(2))
+    middle = _aligned(size.batch * size.ld if tape.prepared.stages[1] else 0, dtype)
+    initial = tape.states[0]
+    given = d_state or [None] * len(initial)
+    d_final = tuple([_none(dtype) if d is None else d for d in given])
+    d_initial = tuple([np.zeros_like(s[0]) if d is None else d.copy() for s, d in zip(initial, given, strict=True)])
+    previous = _aligned(len(initial) * most_rows * size.ld, dtype, zero=True)
     d = _aligned(most_rows * d_row + size.ld, dtype)  # products read a vector behind the end
     numbers = np.empty(most_rows, np.int64)
-    return Way(dh, middle, carried, tape.initial.reshape(-1), previous, d, d_row, numbers, numbers)
+    return Way(dh, middle, carried, initial, 0, d_final, d_initial, previous, d, d_row, numbers, most_rows, numbers)
 
 
 class _Gradients:
     """The gradients of the parameters while they are being summed."""
 
     def __init__(self, tape, h_columns, parts):
-        cell, size, dtype = tape.cell, tape.size, tape.x.dtype
+        cell, size, dtype = tape.prepared.cell, tape.size, tape.walk.x.dtype
         width = VECTOR_BITS // (8 * dtype.itemsize)
         self.tape = tape
         self.x_blocks = [block for stage in cell.stages for block in stage.x_blocks]
         self.h_columns = h_columns
         self.weight_ih = np.zeros((len(self.x_blocks) * size.hidden, size.inputs), dtype)
-        self.others = {k: np.zeros(p.shape, dtype) for k, p in tape.params.items() if k in ("weight_hh", "weight_hr")}
+        self.others = {
+            k: np.zeros(p.shape, dtype) for k, p in tape.prepared.params.items() if k in ("weight_hh", "weight_hr")
+        }
         self.bias = np.zeros(cell.slots * size.hidden, dtype)
         self.scratch = [_aligned(outer_work(VECTORS, width), dtype) for _ in range(parts)]
         self.tile_places = np.arange(TILE_ROWS, dtype=np.int64)
 
-    def products(self, way, rows):
+    def products(self, way, walk, rows):
         """(first column of d, operand, places of its rows, its columns, gradient) of each weight."""
-        cell, size, walk = self.tape.cell, self.tape.size, self.tape.walk
+        cell, size = self.tape.prepared.cell, self.tape.size
         numbers = way.numbers[:rows]
-        yield 0, walk.x, numbers * size.inputs, size.inputs, self.weight_ih
+        yield 0, walk.x.reshape(-1), numbers * size.inputs, size.inputs, self.weight_ih
         done = 0
         for stage, column in zip(cell.stages, self.h_columns, strict=False):
             if stage.operand == 0:
                 operand, places, count = way.previous, np.arange(rows, dtype=np.int64) * size.ld, size.h
             else:  # what the first stage handed over stands in its tape
                 place = cell.stages[0].saves[-1]
-                operand, places, count = walk.tape, numbers * walk.tape_row + place * size.hidden, size.hidden
+                places = (numbers - walk.tape_start * size.batch) * walk.tape_row + place * size.hidden
+                operand, count = walk.tape, size.hidden
             if stage.x_blocks:
                 into = self.others["weight_hh"][done : done + len(stage.h_blocks) * size.hidden]
                 done += len(into)
@@ -328,10 +574,10 @@ class _Gradients:
                 into = self.others["weight_hr"]
             yield column, operand, places, count, into
 
-    def add(self, way, rows):
+    def add(self, way, walk, rows):
         """Add the sums over the first rows of way.d."""
         products = [
-            (d0, b.reshape(-1), at, n, c.shape[0], c.reshape(-1)) for d0, b, at, n, c in self.products(way, rows)
+            (d0, b.reshape(-1), at, n, c.shape[0], c.reshape(-1)) for d0, b, at, n, c in self.products(way, walk, rows)
         ]
         dtype, scratch = way.d.dtype, self.scratch
 
@@ -347,7 +593,7 @@ class _Gradients:
 
     def named(self):
         """Gradients under the parameters' names, gate blocks in their order."""
-        cell, hidden, params = self.tape.cell, self.tape.size.hidden, self.tape.params
+        cell, hidden, params = self.tape.prepared.cell, self.tape.size.hidden, self.tape.prepared.params
         where = [self.x_blocks.index(block) for block in range(cell.gates)]
         gradients = dict(self.others)
         gradients["weight_ih"] = self.weight_ih
@@ -361,75 +607,63 @@ class _Gradients:
 
 def backward(tape, d_output, d_state):
     """Gradients of one layer in one direction; as :func:`fastrnn.functional.backward`, unchecked."""
-    cell, size, x, params, rows, walk = tape.cell, tape.size, tape.x, tape.params, tape.rows, tape.walk
-    first, second = cell.stages if len(cell.stages) == 2 else (*cell.stages, None)
-    dtype, hidden = x.dtype, size.hidden
-    width = VECTOR_BITS // (8 * dtype.itemsize)
+    prepared, size, rows, walk = tape.prepared, tape.size, tape.rows, tape.walk
+    cell, dtype, d_row = prepared.cell, prepared.dtype, prepared.d_row
+    first, second = prepared.stages
+    wx, x_rows, back, back2 = prepared.packed_back(tape.checksum)
 
-    # Columns of d where the gate gradients of each stage's product with h begin.
-    h_column, h_column2 = (first.gates - len(first.h_blocks)) * hidden, 0
-    x_blocks = first.x_blocks
-    wh = _pack_columns(params["weight_hh"], first.h_blocks, hidden, width)
-    wh2, d_row = wh, cell.slots * hidden
-    if second is not None and second.x_blocks:
-        x_blocks, h_column2 = x_blocks + second.x_blocks, len(first.h_blocks) * hidden
-        wh2 = _pack_columns(params["weight_hh"], second.h_blocks, hidden, width)
-    elif second is not None:
-        h_column2, d_row = d_row, d_row + size.h
-        wh2 = _pack_columns(params["weight_hr"], second.h_blocks, size.h, width)
-    wx = _pack_columns(params["weight_ih"], x_blocks, hidden, width)
-
-    dx = (np.empty if rows.lengths is None else np.zeros)(x.shape, dtype)
-    d_flat = _none(dtype) if d_output is None else d_output.reshape(-1)
+    dx = (np.empty if rows.lengths is None else np.zeros)(walk.x.shape, dtype)
     flops = 2 * _flops(cell, size, rows.steps)
-    chunks = _chunks(
-        rows.active[::-1] if walk.reverse else rows.active, d_row * dtype.itemsize, _slice(cell, size, flops)
-    )
-    way = _way(tape, d_state, int(max((bases[-1] for _, _, bases in chunks), default=0)), d_row)
-    shares = _shares(rows, flops)
-    gradients = _Gradients(tape, (h_column, h_column2), len(shares))
+    chunks = prepared.chunks(size, rows, walk.reverse)
+    most_rows = int(max((bases[-1] for _, _, bases in chunks), default=0))
+    size, crews = prepared.crews(size, rows, flops, can_share=second is None and not walk.reset.size)
+    way = _way(tape, d_state, most_rows, d_row, size.slots)
+    gradients = _Gradients(tape, (back.column, back2.column), max(1, min(_parts(cell, size, flops), threads.cores())))
     scratch = [
-        (_aligned(ROWS * VECTORS * width, dtype), np.empty(max(last - start, 2 * ROWS), np.int64))
-        for start, last in shares
+        (_aligned(ROWS * _line(dtype), dtype), np.empty(max(crew.row1 - crew.row0, 2 * ROWS), np.int64))
+        for crew in crews
     ]
-    for s0, s1, bases in reversed(chunks):
-        here = way._replace(bases=bases)
+    d_output = _none(dtype) if d_output is None else d_output
 
-        def part(p, _, s0=s0, s1=s1, here=here):
-            call(
-                backward_rows,
-                (cell.name, dtype),
-                first,
-                second,
-                size,
-                walk,
-                cell.states,
-                here,
-                wx,
-                len(x_blocks) * hidden,
-                wh,
-                h_column,
-                wh2,
-                h_column2,
-                d_flat,
-                dx.reshape(-1),
-                *scratch[p],
-                s0,
-                s1,
-                *shares[p],
-            )
+    def part(crew, p):
+        call(
+            backward_rows, prepared.key, first, second, size, walk, here, wx, x_rows, back, back2, d_output, dx,
+            *scratch[p], crew, s1 == size.steps, s0, s1,
+        )  # fmt: skip
 
-        threads.run(part, len(shares))
-        gradients.add(way, int(bases[-1]))
-    return dx, gradients.named(), _state_gradients(tape, way)
+    recomputed = _Recomputed(tape, chunks) if tape.recompute else None
+    for number in reversed(range(len(chunks))):
+        c0, c1, bases = chunks[number]
+        if recomputed:
+            walk, way = recomputed.chunk(number, way)
+        for s1 in range(c1, c0, -_length(size, crews)):
+            s0 = max(c0, s1 - _length(size, crews))
+            here = way._replace(bases=bases[s0 - c0 :])
+            _run(part, crews)
+        gradients.add(way, walk, int(bases[-1]))
+    if recomputed:
+        prepared.give_back(recomputed.plan, rows)
+    return dx, gradients.named(), way.d_initial
 
 
-def _state_gradients(tape, way):
-    cell, size, rows = tape.cell, tape.size, tape.rows
-    dh = rows.restore(way.dh.reshape(size.batch, size.ld)[:, : size.h])
-    if cell.states == 1:
-        return (dh,)
-    return dh, rows.restore(way.carried.reshape(size.batch, size.ld)[:, : size.hidden])
+class _Recomputed:
+    """The tape of a forward pass that kept none, made again chunk by chunk."""
+
+    def __init__(self, tape, chunks):
+        self.tape, self.chunks = tape, chunks
+        prepared, walk = tape.prepared, tape.walk
+        self.plan = prepared.plan(walk.x.shape, tape.rows, walk.reset.size > 0)
+        steps = max((s1 - s0 for s0, s1, _ in chunks), default=0)
+        self.memory = np.empty(steps * tape.size.batch * walk.tape_row, prepared.dtype)
+        self.final = tuple([np.empty_like(s) for s in tape.states[0]])
+
+    def chunk(self, number, way):
+        """The sequences, with the tape of a chunk, and the buffers for the way back through it."""
+        s0, s1, _ = self.chunks[number]
+        walk, states = self.tape.walk, self.tape.states[number]
+        walk = walk._replace(tape=self.memory, tape_start=self.tape.size.steps - s1 if walk.reverse else s0)
+        self.tape.prepared.walk(self.plan, walk, states, self.final, s0, s1, begins=True)
+        return walk, way._replace(initial=states, start=s0)
 
 
 # ---- about itself

@@ -12,12 +12,11 @@ type: kernels hand it over as a tuple of V integers (``columns``).
 from __future__ import annotations
 
 from llvmlite import ir
-from numba import njit
 from numba.core import types
 from numba.extending import intrinsic, register_jitable
 
 from fastrnn.kernels import simd
-from fastrnn.kernels.simd import INT32, INT64, REGISTERS, lanes, load, store
+from fastrnn.kernels.simd import INT64, REGISTERS, lanes, load, store
 
 VECTORS = 4  # vectors of columns in a panel of a plain product
 BLOCK = 128  # steps of k that are summed at a time: a panel's share of them stays in the first-level cache
@@ -190,128 +189,17 @@ def clear(c, start, count):
         c[i] = 0
 
 
-# ---- packing
-
-
-def _transpose(builder, vector, rows):
-    """The square block of vectors `rows` transposed: pairs of lanes, then pairs of pairs, and so on change places."""
-    distance = 1
-    while distance < vector.lanes:
-        rows = list(rows)
-        for i in range(vector.lanes):
-            if i & distance == 0:
-                a, b = rows[i], rows[i + distance]
-                low = [j if j & distance == 0 else vector.lanes + j - distance for j in range(vector.lanes)]
-                high = [j + distance if j & distance == 0 else vector.lanes + j for j in range(vector.lanes)]
-                lanes_type = ir.VectorType(INT32, vector.lanes)
-                rows[i] = builder.shuffle_vector(a, b, ir.Constant(lanes_type, low))
-                rows[i + distance] = builder.shuffle_vector(a, b, ir.Constant(lanes_type, high))
-        distance *= 2
-    return rows
-
-
-@intrinsic
-def pack_block(typingctx, weight, at, row_size, rows, columns, packed, to, step):
-    """Write a square block of `weight` (flat, at `at`, rows row_size apart) transposed: its columns at packed[to],
-    [to + step] ...
-
-    Of the block only `rows` rows and `columns` columns exist; missing rows count as zeros, missing columns are not
-    written.
-    """
-
-    def emit(context, builder, sig, args):
-        vector = simd.vector_of(sig.args[0])
-        weight, at, row_size, rows, columns, packed, to, step = args
-        nothing = ir.Constant(INT64, 0)
-        block = []
-        for r in range(vector.lanes):
-            place = builder.add(at, builder.mul(row_size, ir.Constant(INT64, r)))
-            pointer = simd.address(context, builder, sig.args[0], weight, place, vector)
-            n = builder.select(builder.icmp_signed(">", rows, ir.Constant(INT64, r)), columns, nothing)
-            block.append(simd.load_first(builder, vector, pointer, n))
-        for k, value in enumerate(_transpose(builder, vector, block)):
-            place = builder.add(to, builder.mul(step, ir.Constant(INT64, k)))
-            pointer = simd.address(context, builder, sig.args[5], packed, place, vector)
-            with builder.if_then(builder.icmp_signed(">", columns, ir.Constant(INT64, k)), likely=True):
-                simd.store_vector(builder, vector, value, pointer)
-        return context.get_dummy_value()
-
-    i = types.intp
-    return types.void(weight, i, i, i, i, packed, i, i), emit
-
-
-@register_jitable
-def _pack_gates(weight, k_count, blocks, hidden, units, packed):
-    """Pack `weight` [G*H, K] (flat) as [panel][K][gate][unit vector][lane] into `packed` (is modified).
-
-    A panel holds the gate blocks `blocks` of `units` vectors of hidden units; units beyond `hidden` become 0.
-    """
-    width = lanes(packed)
-    gates = len(blocks)
-    step = gates * units * width
-    for vector in range((hidden + units * width - 1) // (units * width) * units):
-        panel, u = vector // units, vector % units
-        unit = vector * width
-        rows = max(0, min(width, hidden - unit))
-        for g in range(gates):
-            row = (blocks[g] * hidden + unit) * k_count
-            to = panel * k_count * step + (g * units + u) * width
-            for k in range(0, k_count, width):
-                columns = min(width, k_count - k)
-                pack_block(weight, row + k, k_count, rows, columns, packed, to + k * step, step)
-
-
-@register_jitable
-def _pack_bias(bias, blocks, slot, slots, hidden, units, packed):
-    """Add the gate blocks `blocks` of a bias to `packed` [panel][slot][unit vector][lane] (modified), from `slot`."""
-    panel_units = units * lanes(packed)
-    for g in range(len(blocks)):
-        for unit in range(hidden):
-            panel, j = unit // panel_units, unit % panel_units
-            packed[(panel * slots + slot + g) * panel_units + j] += bias[blocks[g] * hidden + unit]
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
-def pack_stage(source, x, x_count, x_blocks, h, h_count, h_blocks, bias_x, bias_h, slots, hidden, units, wx, wh, bias):
-    """Pack a stage's weights (flat: x [., x_count], h [., h_count]) and biases (empty where there are none).
-
-    Is modified: wx, wh, bias.
-    """
-    _pack_gates(x, x_count, x_blocks, hidden, units, wx)
-    _pack_gates(h, h_count, h_blocks, hidden, units, wh)
-    clear(bias, 0, len(bias))
-    if len(bias_x) > 0:
-        _pack_bias(bias_x, x_blocks, 0, slots, hidden, units, bias)
-        _pack_bias(bias_h, h_blocks, slots - len(h_blocks), slots, hidden, units, bias)
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
-def pack_columns(source, weight, columns, blocks, block_rows, packed):
-    """Pack `weight` [., N] (flat) as [panel][K][column], where K runs over the rows of `blocks`, into `packed` (is
-    modified).
-    """
-    width = VECTORS * lanes(packed)
-    at = 0
-    for first in range(0, columns, width):
-        for block in blocks:
-            for row in range(block * block_rows, (block + 1) * block_rows):
-                for j in range(0, width, lanes(packed)):
-                    n = max(0, columns - first - j)
-                    store(packed, at, load(weight, row * columns + first + j, n), lanes(packed))
-                    at += lanes(packed)
-
-
 # ---- the product of the weight gradients
 
 
 @register_jitable
-def _pack_rows(b, places, q0, count, first, width, columns, packed):
-    """packed[q, j] = b[places[q0 + q] + first + j] for j < columns, else 0."""
+def _pack_rows(b, places, q0, count, first, width, columns, packed, to):
+    """packed[to + q, j] = b[places[q0 + q] + first + j] for j < columns, else 0."""
     n = min(width, columns - first)
     for q in range(count):
         at = places[q0 + q] + first
         for j in range(0, width, lanes(b)):
-            store(packed, q * width + j, load(b, at + j, max(0, n - j)), lanes(b))
+            store(packed, to + q * width + j, load(b, at + j, max(0, n - j)), lanes(b))
 
 
 @register_jitable
@@ -340,7 +228,6 @@ def add_outer_products(columns, d, d0, d_row, m0, m1, b, places, rows, n_count, 
     width = len(columns) * lanes(b)
     b_at = OUTER_TILES * height * OUTER_BLOCK + lanes(b)
     c_at = b_at + width * OUTER_BLOCK
-    b_packed = work[b_at:c_at]
     for q0 in range(0, rows, OUTER_BLOCK):
         count = min(OUTER_BLOCK, rows - q0)
         for m in range(m0, m1, OUTER_TILES * height):
@@ -348,7 +235,7 @@ def add_outer_products(columns, d, d0, d_row, m0, m1, b, places, rows, n_count, 
             _pack_tiles(d, d0 + q0 * d_row, d_row, m, m_end, count, height, work)
             for first in range(0, n_count, width):
                 n = n_count - first
-                _pack_rows(b, places, q0, count, first, width, n_count, b_packed)
+                _pack_rows(b, places, q0, count, first, width, n_count, work, b_at)
                 for i in range(m, m_end, height):
                     tile = min(height, m_end - i)
                     to, at, row = c, i * n_count + first, n_count

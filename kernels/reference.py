@@ -30,6 +30,7 @@ Letters and conventions: :mod:`fastrnn.kernels`. Everything is in the dtype of x
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -41,8 +42,35 @@ _quiet = np.errstate(over="ignore", invalid="ignore")
 # ---- the walk
 
 
+class Prepared:
+    """One layer in one direction, for calls again and again."""
+
+    def __init__(self, cell, params):
+        self.cell, self.params = cell, params
+
+    def forward(
+        self, x, state, *, lengths=None, reset=None, reverse=False, training=False, recompute=False, output=None,
+        column=0,
+    ):  # fmt: skip
+        """As the module's :func:`forward`."""
+        return forward(
+            self.cell, x, self.params, state, lengths=lengths, reset=reset, reverse=reverse, training=training,
+            recompute=recompute, output=output, column=column,
+        )  # fmt: skip
+
+    def again(self, x, steps, state):
+        """Nothing is kept that would make the last call shorter."""
+        return None
+
+
+prepare = Prepared
+
+
 @_quiet
-def forward(cell, x, params, state, *, lengths=None, reset=None, reverse=False, training=False, output=None, column=0):
+def forward(
+    cell, x, params, state, *, lengths=None, reset=None, reverse=False, training=False, recompute=False, output=None,
+    column=0,
+):  # fmt: skip
     """One layer in one direction.
 
     Parameters
@@ -71,6 +99,7 @@ def forward(cell, x, params, state, *, lengths=None, reset=None, reverse=False, 
     state : tuple of numpy.ndarray
     tape : Tape or None
     """
+    initial = state
     T, B, _ = x.shape
     W = params["weight_hh"].shape[1]
     layer = CELLS["lstm_projected" if "weight_hr" in params else cell](params)
@@ -102,6 +131,9 @@ def forward(cell, x, params, state, *, lengths=None, reset=None, reverse=False, 
     if valid is not None:
         hs[~valid] = 0
     state = tuple(s.copy() for s in state)  # arrays of its own: until here a part of `sums`, or what was given
+    if recompute:
+        again = functools.partial(forward, cell, x, params, initial, lengths=lengths, reset=reset, reverse=reverse)
+        return output, state, again
     return output, state, Tape(layer, x, sums, befores, kept, valid, reset, reverse) if training else None
 
 
@@ -124,8 +156,8 @@ def backward(tape, d_output, d_state):
 
     Parameters
     ----------
-    tape : Tape
-        Of `forward` with training=True.
+    tape : Tape or callable
+        Of `forward` with training=True; with recompute=True, a call of forward that makes one.
     d_output : numpy.ndarray or None
         (T, B, W).
     d_state : tuple of (numpy.ndarray or None), or None
@@ -138,6 +170,8 @@ def backward(tape, d_output, d_state):
     dparams : dict of str to numpy.ndarray
     dstate : tuple of numpy.ndarray
     """
+    if not isinstance(tape, Tape):
+        _, _, tape = tape(training=True)
     layer, x, gates, befores, kept, valid, reset, reverse = tape
     T, B, _ = x.shape
     params = layer.params

@@ -161,8 +161,12 @@ def vector_of(array):
 
 
 def address(context, builder, array_type, array, index, vector=None):
-    """Pointer to array[index], as one to `vector` where given."""
-    pointer = builder.gep(context.make_array(array_type)(context, builder, array).data, [index])
+    """Pointer to array[index] of an array or a borrowed one, as one to `vector` where given."""
+    if isinstance(array_type, types.CPointer):
+        data = array
+    else:
+        data = context.make_array(array_type)(context, builder, array).data
+    pointer = builder.gep(data, [index])
     return pointer if vector is None else builder.bitcast(pointer, vector.llvm.as_pointer())
 
 
@@ -286,25 +290,91 @@ def store_each(typingctx, array, index, places, step, values, n):
     return types.void(array, types.intp, places, types.intp, values, types.intp), emit
 
 
-def _without_owner(builder, typ, value):
+def _as_borrowed(typ):
+    """The type of what `borrowed` makes of a value of type `typ`."""
     if isinstance(typ, types.Array):
-        for i in (0, 1):  # of an array's record: who counts its references, and the Python object
-            value = builder.insert_value(value, ir.Constant(builder.extract_value(value, i).type, None), i)
-    elif isinstance(typ, types.BaseTuple):
-        for i, item in enumerate(typ.types):
-            value = builder.insert_value(value, _without_owner(builder, item, builder.extract_value(value, i)), i)
+        return types.CPointer(types.uint8 if typ.dtype == types.boolean else typ.dtype)
+    if isinstance(typ, types.BaseNamedTuple):
+        return types.BaseTuple.from_types(tuple(map(_as_borrowed, typ.types)), typ.instance_class)
+    if isinstance(typ, types.BaseTuple):
+        return types.Tuple(tuple(map(_as_borrowed, typ.types)))
+    return typ
+
+
+def _borrow(context, builder, typ, value):
+    if isinstance(typ, types.Array):
+        array = context.make_array(typ)(context, builder, value)
+        pointer = builder.bitcast(array.data, context.get_value_type(_as_borrowed(typ)))
+        empty = builder.icmp_signed("==", array.nitems, ir.Constant(INT64, 0))
+        return builder.select(empty, ir.Constant(pointer.type, None), pointer)
+    if isinstance(typ, types.BaseTuple):
+        items = [_borrow(context, builder, item, builder.extract_value(value, i)) for i, item in enumerate(typ.types)]
+        return context.make_tuple(builder, _as_borrowed(typ), items)
     return value
 
 
 @intrinsic
 def borrowed(typingctx, value):
-    """An array, or a tuple of them, that the kernel's caller keeps alive: handing it on counts no references.
+    """A contiguous array as the address of its first number, or a tuple of arrays likewise, for the time of a call.
 
-    Counting is an atomic operation for each array and call, and slower still where threads share the array. Not to be
-    used in a function that takes part in Numba's own inlining (``inline="always"``, also in what it calls): the
-    clean-up after that takes the arrays for unused locals and drops what is stored into them.
+    An array itself is a record of seven words with a count of references, which is an atomic operation wherever the
+    array is handed on. Kernels hand much on: with arrays a small step takes twice the time.
     """
-    return value(value), lambda context, builder, sig, args: _without_owner(builder, sig.args[0], args[0])
+
+    def emit(context, builder, sig, args):
+        return _borrow(context, builder, sig.args[0], args[0])
+
+    return _as_borrowed(value)(value), emit
+
+
+@intrinsic
+def given(typingctx, pointer):
+    """Whether the array that was borrowed holds anything."""
+
+    def emit(context, builder, sig, args):
+        return builder.icmp_unsigned("!=", args[0], ir.Constant(args[0].type, None))
+
+    return types.boolean(pointer), emit
+
+
+@intrinsic
+def address_of(typingctx, array):
+    """Where an array's numbers are, as an integer for `at_address`."""
+
+    def emit(context, builder, sig, args):
+        return builder.ptrtoint(context.make_array(sig.args[0])(context, builder, args[0]).data, INT64)
+
+    return types.int64(array), emit
+
+
+@intrinsic
+def at_address(typingctx, address, pointer):
+    """A borrowed array, from its address; `pointer` says of what."""
+
+    def emit(context, builder, sig, args):
+        return builder.inttoptr(args[0], context.get_value_type(sig.return_type))
+
+    return pointer(types.int64, pointer), emit
+
+
+@intrinsic
+def integers_at(typingctx, address):
+    """A borrowed array of integers, from its address."""
+
+    def emit(context, builder, sig, args):
+        return builder.inttoptr(args[0], context.get_value_type(sig.return_type))
+
+    return types.CPointer(types.int64)(types.int64), emit
+
+
+@intrinsic
+def flags_at(typingctx, address):
+    """A borrowed array of booleans, from its address."""
+
+    def emit(context, builder, sig, args):
+        return builder.inttoptr(args[0], context.get_value_type(sig.return_type))
+
+    return types.CPointer(types.uint8)(types.int64), emit
 
 
 # ---- functions

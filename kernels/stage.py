@@ -29,7 +29,7 @@ from numba.extending import (
 from fastrnn.kernels.cells import CELLS, H, Stage
 from fastrnn.kernels.product import VECTORS
 
-SOURCES = ("cells", "simd", "product", "stage", "walk")
+SOURCES = ("barrier", "cells", "packing", "product", "simd", "stage", "walk")
 
 
 def _checksum() -> str:
@@ -148,9 +148,14 @@ def call(kernel, key, *args):
     Numba's own dispatch takes 10 µs for each argument of a type that it does not know, and compiles anew for read-only
     arrays. Whoever calls by a key gives arguments of the same types with it every time, or the process ends.
     """
-    entry = _entries.get((kernel, key))
-    if entry is None:
+    point = _entries.get((kernel, key))
+    if point is None:
         types_of = tuple(_of_any_flags(typeof(argument)) for argument in args)
         kernel.compile(types_of)
-        entry = _entries[kernel, key] = kernel.overloads[types_of].entry_point
-    return entry(*args)
+        point = _entries[kernel, key] = kernel.overloads[types_of].entry_point
+    return point(*args)
+
+
+def entry(kernel, key):
+    """What `call` calls by this key, once it has done so."""
+    return _entries[kernel, key]

@@ -7,24 +7,50 @@ its own.
 
 from __future__ import annotations
 
+import functools
+import math
 import os
 import threading
+import time
 from collections.abc import Callable
-from queue import SimpleQueue
+from pathlib import Path
+from queue import Empty, SimpleQueue
+
+REST_SECONDS = 0.1  # without sharing, after a thread did not get a core
+POLL_SECONDS = 1e-4  # of looking whether the others are through, before going to sleep
+
+_yield = getattr(os, "sched_yield", functools.partial(time.sleep, 0))
 
 
-def _available() -> int:
-    """Processors that this process may use."""
+def cores() -> int:
+    """Processors that this process may use at a time."""
     try:
-        return len(os.sched_getaffinity(0))
+        count = len(os.sched_getaffinity(0))
     except AttributeError:  # not on this system
-        return os.cpu_count() or 1
+        count = os.cpu_count() or 1
+    return max(1, math.ceil(min(count, _quota())))
+
+
+def _quota() -> float:
+    """Processors' worth of time that the container grants."""
+    try:
+        granted, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()  # cgroup 2
+    except (OSError, ValueError):
+        try:
+            granted = Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us").read_text()  # cgroup 1
+            period = Path("/sys/fs/cgroup/cpu/cpu.cfs_period_us").read_text()
+        except OSError:
+            return math.inf
+    try:
+        return int(granted) / int(period) if int(granted) > 0 else math.inf
+    except (ValueError, ZeroDivisionError):  # "max": no limit
+        return math.inf
 
 
 def _initial() -> int:
     text = os.environ.get("FASTRNN_NUM_THREADS")
     if text is None:
-        return _available()
+        return cores()
     if not text.strip().isdecimal() or int(text) < 1:
         raise ValueError(f"FASTRNN_NUM_THREADS must be a whole number of at least 1, got {text!r}")
     return int(text)
@@ -48,6 +74,7 @@ class _Pool:
     def __init__(self):
         self.lock = threading.Lock()
         self.tasks: list[SimpleQueue] = []
+        self.rests_until = -math.inf
 
     def _grow(self, count):
         while len(self.tasks) < count:
@@ -55,11 +82,12 @@ class _Pool:
             threading.Thread(target=_work, args=(tasks,), name="fastrnn", daemon=True).start()
             self.tasks.append(tasks)
 
-    def run(self, part, parts):
+    def run(self, part, parts, needed=True):
+        """Call part(p, parts) for every p: 0 on this thread. Those that no thread has begun by the time this one is
+        through with its own are done here as well, or not at all if they are not `needed`.
+        """
         self._grow(parts - 1)
-        done: SimpleQueue = (
-            SimpleQueue()
-        )  # of this call alone: one that was interrupted leaves nothing behind for the next
+        done: SimpleQueue = SimpleQueue()  # of this call alone: one that was interrupted leaves nothing for the next
         error: BaseException | None = None
         waiting = 0
         try:
@@ -69,11 +97,26 @@ class _Pool:
             part(0, parts)
         except BaseException as e:
             error = e
+        for tasks in self.tasks[: parts - 1]:
+            try:
+                _, p, _, _ = tasks.get_nowait()
+            except Empty:
+                continue
+            waiting -= 1
+            if needed and error is None:
+                try:
+                    part(p, parts)
+                except BaseException as e:
+                    error = e
+        polls_until = time.perf_counter() + POLL_SECONDS
         while waiting:  # for all, whatever happens: they write into this call's arrays
             try:
-                other = done.get()
+                # Most are through at about the same time, and being woken takes longer than looking a few times.
+                other = done.get(block=time.perf_counter() >= polls_until)
                 waiting -= 1
                 error = error or other
+            except Empty:
+                _yield()
             except KeyboardInterrupt as e:
                 error = e
         if error is not None:
@@ -135,3 +178,21 @@ def run(part: Callable[[int, int], None], parts: int) -> None:
     else:
         for p in range(parts):
             part(p, parts)
+
+
+def share(part: Callable[[int, int], None], parts: int) -> None:
+    """Call part(0, parts) here, which can do everything, and the other parts, which help it, on as many threads as come
+    in time; part(0, 1) where the pool is taken or resting.
+    """
+    if time.monotonic() >= _pool.rests_until and _pool.lock.acquire(blocking=False):
+        try:
+            _pool.run(part, parts, needed=False)
+        finally:
+            _pool.lock.release()
+    else:
+        part(0, 1)
+
+
+def rest() -> None:
+    """A thread did not get a core: share nothing for a while."""
+    _pool.rests_until = time.monotonic() + REST_SECONDS

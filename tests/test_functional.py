@@ -111,6 +111,9 @@ def test_backends_have_the_same_two_functions():
     for function in ("forward", "backward"):
         parameters = [list(inspect.signature(getattr(module, function)).parameters) for module in (one, other)]
         assert parameters[0] == parameters[1]
+    for method in ("forward", "again"):
+        parameters = [list(inspect.signature(getattr(module.prepare, method)).parameters) for module in (one, other)]
+        assert parameters[0] == parameters[1]
 
 
 def test_default_backend_is_the_cpu():

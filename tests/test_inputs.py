@@ -202,18 +202,19 @@ def test_backends_are_given_plain_arrays_only(change, kind, monkeypatch):
             elif isinstance(value, (tuple, dict)):
                 listed(*(value.values() if isinstance(value, dict) else value))
 
+    cpu = backend.load("cpu")
+
     class Recorder:
-        @staticmethod
-        def forward(*arguments, **options):
-            listed(*arguments, options)
-            return cpu.forward(*arguments, **options)
+        class prepare(cpu.Prepared):
+            def forward(self, *arguments, **options):
+                listed(self.params, *arguments, options)
+                return super().forward(*arguments, **options)
 
         @staticmethod
         def backward(*arguments):
             listed(*arguments)
             return cpu.backward(*arguments)
 
-    cpu = backend.load("cpu")
     monkeypatch.setitem(backend._loaded, "cpu", Recorder)
     run(change, kind, "float32")
     assert len(given) > 50
