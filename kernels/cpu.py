@@ -441,8 +441,8 @@ def _run(part, crews):
         sync = crews[0].sync
         barrier.renew(sync)
         threads.share(lambda p, parts: part(crews[p]._replace(parts=parts), p), len(crews))
-        if barrier.failed(sync):
-            threads.rest()
+        if sync[barrier.MODE] != barrier.OPEN:  # else nobody was asked: the pool is taken or resting
+            threads.shared(not barrier.failed(sync))
 
 
 def _flops(cell, size, rows) -> float:

@@ -358,6 +358,21 @@ def at_address(typingctx, address, pointer):
 
 
 @intrinsic
+def prefetch(typingctx, pointer, index):
+    """Ask for the cache line of pointer[index], without waiting for it."""
+
+    def emit(context, builder, sig, args):
+        byte = ir.IntType(8).as_pointer()
+        place = builder.bitcast(builder.gep(args[0], [args[1]]), byte)
+        kind = ir.FunctionType(ir.VoidType(), [byte, INT32, INT32, INT32])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(function, [place] + [ir.Constant(INT32, n) for n in (0, 3, 1)])  # to read, near, data
+        return context.get_dummy_value()
+
+    return types.void(pointer, types.intp), emit
+
+
+@intrinsic
 def integers_at(typingctx, address):
     """A borrowed array of integers, from its address."""
 

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from queue import Empty, SimpleQueue
 
-REST_SECONDS = 0.1  # without sharing, after a thread did not get a core
+REST_SECONDS = (0.0005, 0.1)  # without sharing, after a thread did not get a core: doubled each time, but not above
 POLL_SECONDS = 1e-4  # of looking whether the others are through, before going to sleep
 
 _yield = getattr(os, "sched_yield", functools.partial(time.sleep, 0))
@@ -75,6 +75,7 @@ class _Pool:
         self.lock = threading.Lock()
         self.tasks: list[SimpleQueue] = []
         self.rests_until = -math.inf
+        self.rest = REST_SECONDS[0]
 
     def _grow(self, count):
         while len(self.tasks) < count:
@@ -193,6 +194,10 @@ def share(part: Callable[[int, int], None], parts: int) -> None:
         part(0, 1)
 
 
-def rest() -> None:
-    """A thread did not get a core: share nothing for a while."""
-    _pool.rests_until = time.monotonic() + REST_SECONDS
+def shared(successfully: bool) -> None:
+    """Whether the last sharing was one. If a thread did not get a core, share nothing for a while."""
+    if successfully:
+        _pool.rest = REST_SECONDS[0]
+    else:
+        _pool.rests_until = time.monotonic() + _pool.rest
+        _pool.rest = min(2 * _pool.rest, REST_SECONDS[1])

@@ -29,6 +29,7 @@ from fastrnn.kernels.simd import (
     lanes,
     load,
     load_each,
+    prefetch,
     store,
     store_each,
 )
@@ -305,6 +306,13 @@ def _find(size, walk, values, scratch, states, t, step):
 
 
 @register_jitable
+def _fetch(values, start, count):
+    """Have what other cores have written on its way, all at once."""
+    for i in range(0, count, 64 // 8):
+        prefetch(values, start + i)
+
+
+@register_jitable
 def _still_active(size, walk, s, rows, row0, row1):
     """How many of a step's rows have a next one."""
     if s + 1 == size.steps:
@@ -428,6 +436,9 @@ def _forward_rows(first, second, size, walk, weights, weights2, initial, final, 
             if met == LEAVE:
                 return
             part, share, projected_until = 0, 1, s + 1
+        if share > 1:
+            for r in range(rows):
+                _fetch(values, step.now + (row0 + r) * size.ld, size.h)
         projected += rows
         still = _still_active(size, walk, s, rows, row0, row1)
         _leave(size, walk, values, step.now, final, row0 + still, row0 + rows)
@@ -561,7 +572,7 @@ def backward_rows(
     """
     walk, way, wx, back, back2 = borrowed(walk), borrowed(way), borrowed(wx), borrowed(back), borrowed(back2)
     d_output, dx, g, places, crew = borrowed(d_output), borrowed(dx), borrowed(g), borrowed(places), borrowed(crew)
-    slot, row0, row1, parts = size.batch * size.ld, crew.row0, crew.row1, crew.parts
+    row0, row1, parts = crew.row0, crew.row1, crew.parts
     width = VECTORS * lanes(way.d)
     panels = (size.h + width - 1) // width
     part, share = 0, 1  # this thread's part of the work on a step, and how many share it
