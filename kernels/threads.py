@@ -7,6 +7,8 @@ its own.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import functools
 import math
 import os
@@ -56,51 +58,90 @@ def _initial() -> int:
     return int(text)
 
 
-def _work(tasks):
-    while True:
-        part, p, parts, done = tasks.get()
-        try:
-            part(p, parts)
-            error = None
-        except BaseException as e:  # handed to the caller, who raises it
-            error = e
-        done.put(error)
-        del part, done, error  # keep nothing of the call alive while asleep
+def _find_getcpu():
+    """The C library's function that tells on which processor its caller runs, where threads can be moved."""
+    try:
+        return ctypes.CDLL(None).sched_getcpu if hasattr(os, "sched_setaffinity") else None
+    except (AttributeError, OSError, TypeError):
+        return None
+
+
+_getcpu = _find_getcpu()
+
+
+class _Helper:
+    """A thread that sleeps until it is handed a part of a call."""
+
+    def __init__(self):
+        self.tasks: SimpleQueue = SimpleQueue()
+        self.number = 0  # the system's, of the thread
+        self.processor = -1  # where it ran last
+        threading.Thread(target=self._work, name="fastrnn", daemon=True).start()
+
+    def _work(self):
+        self.number = threading.get_native_id()
+        while True:
+            part, p, parts, done = self.tasks.get()
+            try:
+                part(p, parts)
+                error = None
+            except BaseException as e:  # handed to the caller, who raises it
+                error = e
+            if _getcpu:
+                self.processor = _getcpu()
+            done.put(error)
+            del part, done, error  # keep nothing of the call alive while asleep
+
+    def keep_off(self, processor):
+        """Run elsewhere. A thread is woken where it ran last if no other processor seems idle, and in a virtual machine
+        those that sleep do not: it would take turns with the thread that it is to help.
+        """
+        others = os.sched_getaffinity(0) - {processor}
+        if self.number and others:
+            with contextlib.suppress(OSError):
+                os.sched_setaffinity(self.number, others)
+            self.processor = -1
 
 
 class _Pool:
-    """Threads that sleep until they are handed a part of a call."""
+    """Helpers, taken whole by one caller at a time."""
 
     def __init__(self):
         self.lock = threading.Lock()
-        self.tasks: list[SimpleQueue] = []
+        self.helpers: list[_Helper] = []
         self.rests_until = -math.inf
         self.rest = REST_SECONDS[0]
 
-    def _grow(self, count):
-        while len(self.tasks) < count:
-            tasks: SimpleQueue = SimpleQueue()
-            threading.Thread(target=_work, args=(tasks,), name="fastrnn", daemon=True).start()
-            self.tasks.append(tasks)
+    def _call(self, count) -> list[_Helper]:
+        """So many helpers, none of which was last seen on this thread's processor."""
+        while len(self.helpers) < count:
+            self.helpers.append(_Helper())
+        helpers = self.helpers[:count]
+        if _getcpu:
+            here = _getcpu()
+            for helper in helpers:
+                if helper.processor == here:
+                    helper.keep_off(here)
+        return helpers
 
     def run(self, part, parts, needed=True):
         """Call part(p, parts) for every p: 0 on this thread. Those that no thread has begun by the time this one is
         through with its own are done here as well, or not at all if they are not `needed`.
         """
-        self._grow(parts - 1)
+        helpers = self._call(parts - 1)
         done: SimpleQueue = SimpleQueue()  # of this call alone: one that was interrupted leaves nothing for the next
         error: BaseException | None = None
         waiting = 0
         try:
-            for p, tasks in enumerate(self.tasks[: parts - 1], 1):
+            for p, helper in enumerate(helpers, 1):
                 waiting += 1
-                tasks.put((part, p, parts, done))
+                helper.tasks.put((part, p, parts, done))
             part(0, parts)
         except BaseException as e:
             error = e
-        for tasks in self.tasks[: parts - 1]:
+        for helper in helpers:
             try:
-                _, p, _, _ = tasks.get_nowait()
+                _, p, _, _ = helper.tasks.get_nowait()
             except Empty:
                 continue
             waiting -= 1
