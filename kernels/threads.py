@@ -33,6 +33,7 @@ def cores() -> int:
     return max(1, math.ceil(min(count, _quota())))
 
 
+@functools.cache
 def _quota() -> float:
     """Processors' worth of time that the container grants."""
     try:

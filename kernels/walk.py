@@ -513,24 +513,32 @@ def _backward_stage(
 
 
 @register_jitable
-def _hand_back(size, walk, way, back, carries, places, step, q0, p0, p1):
-    """The gradient of h before a step: the panels p0 to p1 of d W_hh, and what is carried."""
-    width = VECTORS * lanes(way.d)
-    u0, count = p0 * width, min(p1 * width, size.ld) - p0 * width
-    for r in range(step.rows):
-        places[r] = (q0 + r) * way.d_row
-        to = step.now + (step.row0 + r) * size.ld + u0
-        if carries:
-            _copy(way.carried, to, way.dh, to, count)
-        else:
-            clear(way.dh, to, count)
-    to = step.now + step.row0 * size.ld
-    _multiply_panels(way.d, back.column, places, step.rows, back.weights, back.count, way.dh, to, size.ld, p0, p1)
-    for r in range(step.rows):
-        if is_reset(walk, way.numbers[q0 + r]):
-            to = step.now + (step.row0 + r) * size.ld + u0
-            clear(way.dh, to, count)
-            clear(way.carried, to, count)
+def _hand_back(size, walk, way, back, carries, g, places, step, q0, p0, p1):
+    """The gradient of h before a step: the panels p0 to p1 of d W_hh, and what is carried.
+
+    The sums are made in g, this thread's own, and only then written: another thread may be writing the same.
+    """
+    width = VECTORS * lanes(g)
+    for p in range(p0, p1):
+        for r0 in range(0, step.rows, ROWS):
+            n = min(ROWS, step.rows - r0)
+            to = step.now + (step.row0 + r0) * size.ld + p * width
+            for r in range(n):
+                places[r] = (q0 + r0 + r) * way.d_row
+                if carries:
+                    _copy(way.carried, to + r * size.ld, g, r * width, width)
+            if not carries:
+                clear(g, 0, n * width)
+            w = p * back.count * width
+            multiply(
+                COLUMNS, n, 1, way.d, back.column, places, 0, back.weights, w, 0, back.count, g, 0, width, 0
+            )  # fmt: skip
+            for r in range(n):
+                if is_reset(walk, way.numbers[q0 + r0 + r]):
+                    clear(way.dh, to + r * size.ld, width)
+                    clear(way.carried, to + r * size.ld, width)
+                else:
+                    _copy(g, r * width, way.dh, to + r * size.ld, width)
 
 
 @register_jitable
@@ -599,7 +607,7 @@ def backward_rows(
         while True:  # once; or once more, by a thread that goes on alone
             p0, p1 = panels * part // share, panels * (part + 1) // share
             if i > 0:
-                _hand_back(size, walk, way, back, first.carries_h, places, after, q_after, p0, p1)
+                _hand_back(size, walk, way, back, first.carries_h, g, places, after, q_after, p0, p1)
             if s >= s0:
                 _backward_stages(
                     first, second, size, walk, way, back2, d_output, places, step, q0, p0 * width, p1 * width
