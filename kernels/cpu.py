@@ -53,6 +53,7 @@ CHUNK_BYTES = 1 << 22  # gate gradients that are kept until the weight gradients
 AHEAD_BYTES = 1 << 17  # gate sums that are made ahead: a part of the second-level cache
 THREAD_FLOPS = 6e6  # work that is worth waking a thread for
 FEW_ROWS = 3  # a thread: fewer share units rather than rows
+SMALL_BYTES = 1 << 18  # gate gradients of a backward pass whose memory is kept for the next
 SLOT_BYTES = 1 << 18  # states of steps that threads share
 
 
@@ -248,12 +249,14 @@ class Prepared:
         self.h = params["weight_hh"].shape[1]
         self.key = (self.cell.name, self.dtype)
         self.d_row = self.cell.slots * self.hidden + (self.h if "weight_hr" in params else 0)  # gate gradients of a row
+        self.x_blocks = [block for stage in self.cell.stages for block in stage.x_blocks]
         self.keep = keep
         names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
         self.arrays = [params[name].reshape(-1) if name in params else _none(self.dtype) for name in names]
         self._packed: Packed | None = None
         self._packed_back: tuple | None = None
         self._plans: list[Plan] = []
+        self.back_plans: list[BackPlan] = []
 
     def packed(self) -> Packed:
         """The weights as they are now."""
@@ -378,6 +381,21 @@ class Prepared:
         length = min(_slice(self.cell, size, flops), _length(size, crews))
         scratch = [_scratch(*self.stages, size, crew.row1 - crew.row0, self.dtype) for crew in crews]
         return Plan(self, key, size, crews, scratch, length)
+
+    def back_plan(self, tape) -> BackPlan:
+        """How to go back: the last plan if it was for such a tape."""
+        walk, rows, size = tape.walk, tape.rows, tape.size
+        reset = walk.reset.size > 0
+        key = (size.steps, size.batch, reset, threads.get_num_threads())
+        if rows.lengths is None and self.back_plans:
+            try:
+                plan = self.back_plans.pop()
+            except IndexError:  # another thread was faster
+                pass
+            else:
+                if plan.key == key:
+                    return plan
+        return BackPlan(self, key, size, rows, walk.reverse, reset)
 
     def give_back(self, plan, rows):
         """Keep a plan for the next call."""
@@ -522,49 +540,60 @@ def _chunks(active, row_bytes, steps):
     return chunks
 
 
-def _way(tape, d_state, most_rows, d_row, slots) -> Way:
-    """Buffers of the way back."""
-    size, dtype = tape.size, tape.walk.x.dtype
-    dh, carried = (_aligned(slots * size.batch * size.ld, dtype, zero=True) for _ in range(2))
-    middle = _aligned(size.batch * size.ld if tape.prepared.stages[1] else 0, dtype)
-    initial = tape.states[0]
-    given = d_state or [None] * len(initial)
-    d_final = tuple([_none(dtype) if d is None else d for d in given])
-    d_initial = tuple([np.zeros_like(s[0]) if d is None else d.copy() for s, d in zip(initial, given, strict=True)])
-    previous = _aligned(len(initial) * most_rows * size.ld, dtype, zero=True)
-    d = _aligned(most_rows * d_row + size.ld, dtype)  # products read a vector behind the end
-    numbers = np.empty(most_rows, np.int64)
-    return Way(dh, middle, carried, initial, 0, d_final, d_initial, previous, d, d_row, numbers, most_rows, numbers)
+class BackPlan:
+    """How backward calls of one shape are carried out, and the memory that one of them at a time works in."""
+
+    def __init__(self, prepared, key, size, rows, reverse, reset):
+        cell, dtype = prepared.cell, prepared.dtype
+        self.key = key
+        flops = 2 * _flops(cell, size, rows.steps)
+        self.chunks = prepared.chunks(size, rows, reverse)
+        most_rows = int(max((bases[-1] for _, _, bases in self.chunks), default=0))
+        one_stage = prepared.stages[1] is None
+        self.size, self.crews = prepared.crews(size, rows, flops, can_share=one_stage and not reset)
+        self.length = _length(self.size, self.crews)
+        self.parts = max(1, min(_parts(cell, size, flops), threads.cores()))  # of the weight gradients
+        self.small = most_rows * prepared.d_row * dtype.itemsize <= SMALL_BYTES
+
+        dh, carried = (_aligned(self.size.slots * size.batch * size.ld, dtype, zero=True) for _ in range(2))
+        middle = _aligned(0 if one_stage else size.batch * size.ld, dtype)
+        previous = _aligned(cell.states * most_rows * size.ld, dtype, zero=True)
+        d = _aligned(most_rows * prepared.d_row + size.ld, dtype)  # products read a vector behind the end
+        numbers = np.empty(most_rows, np.int64)
+        self.way = Way(dh, middle, carried, (), 0, (), (), previous, d, prepared.d_row, numbers, most_rows, numbers)
+        self.scratch = [
+            (_aligned(ROWS * _line(dtype), dtype), np.empty(max(crew.row1 - crew.row0, 2 * ROWS), np.int64))
+            for crew in self.crews
+        ]
+        width = VECTOR_BITS // (8 * dtype.itemsize)
+        self.outer_work = [_aligned(outer_work(VECTORS, width), dtype) for _ in range(self.parts)]
+        self.places = np.arange(most_rows, dtype=np.int64) * size.ld  # in `previous`
 
 
 class _Gradients:
     """The gradients of the parameters while they are being summed."""
 
-    def __init__(self, tape, h_columns, parts):
-        cell, size, dtype = tape.prepared.cell, tape.size, tape.walk.x.dtype
-        width = VECTOR_BITS // (8 * dtype.itemsize)
-        self.tape = tape
-        self.x_blocks = [block for stage in cell.stages for block in stage.x_blocks]
-        self.h_columns = h_columns
-        self.weight_ih = np.zeros((len(self.x_blocks) * size.hidden, size.inputs), dtype)
+    def __init__(self, prepared, plan, h_columns):
+        cell, dtype, params, hidden = prepared.cell, prepared.dtype, prepared.params, prepared.hidden
+        self.prepared, self.plan, self.h_columns = prepared, plan, h_columns
+        self.x_blocks = prepared.x_blocks
+        self.weight_ih = np.zeros((len(self.x_blocks) * hidden, plan.size.inputs), dtype)
         self.others = {
-            k: np.zeros(p.shape, dtype) for k, p in tape.prepared.params.items() if k in ("weight_hh", "weight_hr")
+            name: np.zeros(params[name].shape, dtype) for name in ("weight_hh", "weight_hr") if name in params
         }
-        self.bias = np.zeros(cell.slots * size.hidden, dtype)
-        self.scratch = [_aligned(outer_work(VECTORS, width), dtype) for _ in range(parts)]
-        self.tile_places = np.arange(TILE_ROWS, dtype=np.int64)
+        self.bias = np.zeros(cell.slots * hidden, dtype)
 
     def products(self, way, walk, rows):
         """(first column of d, operand, places of its rows, its columns, gradient) of each weight."""
-        cell, size = self.tape.prepared.cell, self.tape.size
+        stages, size = self.prepared.cell.stages, self.plan.size
         numbers = way.numbers[:rows]
         yield 0, walk.x.reshape(-1), numbers * size.inputs, size.inputs, self.weight_ih
         done = 0
-        for stage, column in zip(cell.stages, self.h_columns, strict=False):
+        for stage, column in zip(stages, self.h_columns, strict=False):
             if stage.operand == 0:
-                operand, places, count = way.previous, np.arange(rows, dtype=np.int64) * size.ld, size.h
+                operand, places, count = way.previous, self.plan.places, size.h
             else:  # what the first stage handed over stands in its tape
-                place = cell.stages[0].saves[-1]
+                place = stages[0].saves[-1]
                 places = (numbers - walk.tape_start * size.batch) * walk.tape_row + place * size.hidden
                 operand, count = walk.tape, size.hidden
             if stage.x_blocks:
@@ -576,73 +605,77 @@ class _Gradients:
 
     def add(self, way, walk, rows):
         """Add the sums over the first rows of way.d."""
-        products = [
-            (d0, b.reshape(-1), at, n, c.shape[0], c.reshape(-1)) for d0, b, at, n, c in self.products(way, walk, rows)
-        ]
-        dtype, scratch = way.d.dtype, self.scratch
+        products = [(d0, b, at, n, c.shape[0], c.reshape(-1)) for d0, b, at, n, c in self.products(way, walk, rows)]
+        dtype, work, tile_places = self.prepared.dtype, self.plan.outer_work, _tile_places()
 
         def part(p, parts):
             for d0, b, places, n_count, m_count, c in products:
                 call(
                     weight_gradient, dtype, SOURCE, way.d, d0, way.d_row, m_count, b, places, rows, n_count, c,
-                    self.tile_places, scratch[p], p, parts,
+                    tile_places, work[p], p, parts,
                 )  # fmt: skip
             call(bias_gradient, dtype, SOURCE, way.d, way.d_row, rows, len(self.bias), self.bias, p, parts)
 
-        threads.run(part, len(scratch))
+        threads.run(part, len(work))
 
     def named(self):
         """Gradients under the parameters' names, gate blocks in their order."""
-        cell, hidden, params = self.tape.prepared.cell, self.tape.size.hidden, self.tape.prepared.params
-        where = [self.x_blocks.index(block) for block in range(cell.gates)]
-        gradients = dict(self.others)
-        gradients["weight_ih"] = self.weight_ih
+        cell, hidden, params = self.prepared.cell, self.prepared.hidden, self.prepared.params
+        gradients = {**self.others, "weight_ih": self.weight_ih}
         sums = self.bias.reshape(cell.slots, hidden)
+        first = sums[: cell.gates]
+        where = [self.x_blocks.index(block) for block in range(cell.gates)]
         if where != list(range(cell.gates)):
             gradients["weight_ih"] = self.weight_ih.reshape(cell.gates, hidden, -1)[where].reshape(self.weight_ih.shape)
-        gradients["bias_ih"] = sums[where].reshape(-1)
+            first = sums[where]
+        gradients["bias_ih"] = first.reshape(-1)
         gradients["bias_hh"] = sums[cell.slots - cell.gates :].reshape(-1).copy()
         return {name: gradients[name] for name in params}
 
 
+@functools.cache
+def _tile_places():
+    return np.arange(TILE_ROWS, dtype=np.int64)
+
+
 def backward(tape, d_output, d_state):
     """Gradients of one layer in one direction; as :func:`fastrnn.functional.backward`, unchecked."""
-    prepared, size, rows, walk = tape.prepared, tape.size, tape.rows, tape.walk
-    cell, dtype, d_row = prepared.cell, prepared.dtype, prepared.d_row
-    first, second = prepared.stages
+    prepared, rows, walk, initial = tape.prepared, tape.rows, tape.walk, tape.states[0]
+    dtype, (first, second) = prepared.dtype, prepared.stages
     wx, x_rows, back, back2 = prepared.packed_back(tape.checksum)
+    plan = prepared.back_plan(tape)
+    size = plan.size
 
     dx = (np.empty if rows.lengths is None else np.zeros)(walk.x.shape, dtype)
-    flops = 2 * _flops(cell, size, rows.steps)
-    chunks = prepared.chunks(size, rows, walk.reverse)
-    most_rows = int(max((bases[-1] for _, _, bases in chunks), default=0))
-    size, crews = prepared.crews(size, rows, flops, can_share=second is None and not walk.reset.size)
-    way = _way(tape, d_state, most_rows, d_row, size.slots)
-    gradients = _Gradients(tape, (back.column, back2.column), max(1, min(_parts(cell, size, flops), threads.cores())))
-    scratch = [
-        (_aligned(ROWS * _line(dtype), dtype), np.empty(max(crew.row1 - crew.row0, 2 * ROWS), np.int64))
-        for crew in crews
-    ]
     d_output = _none(dtype) if d_output is None else d_output
+    given = d_state or (None,) * len(initial)
+    way = plan.way._replace(
+        initial=initial,
+        d_final=tuple([_none(dtype) if d is None else d for d in given]),
+        d_initial=tuple([np.zeros_like(s[0]) if d is None else d.copy() for s, d in zip(initial, given, strict=True)]),
+    )
+    gradients = _Gradients(prepared, plan, (back.column, back2.column))
 
     def part(crew, p):
         call(
             backward_rows, prepared.key, first, second, size, walk, here, wx, x_rows, back, back2, d_output, dx,
-            *scratch[p], crew, s1 == size.steps, s0, s1,
+            *plan.scratch[p], crew, s1 == size.steps, s0, s1,
         )  # fmt: skip
 
-    recomputed = _Recomputed(tape, chunks) if tape.recompute else None
-    for number in reversed(range(len(chunks))):
-        c0, c1, bases = chunks[number]
+    recomputed = _Recomputed(tape, plan.chunks) if tape.recompute else None
+    for number in reversed(range(len(plan.chunks))):
+        c0, c1, bases = plan.chunks[number]
         if recomputed:
             walk, way = recomputed.chunk(number, way)
-        for s1 in range(c1, c0, -_length(size, crews)):
-            s0 = max(c0, s1 - _length(size, crews))
+        for s1 in range(c1, c0, -plan.length):
+            s0 = max(c0, s1 - plan.length)
             here = way._replace(bases=bases[s0 - c0 :])
-            _run(part, crews)
+            _run(part, plan.crews)
         gradients.add(way, walk, int(bases[-1]))
     if recomputed:
         prepared.give_back(recomputed.plan, rows)
+    if prepared.keep and plan.small and rows.lengths is None:
+        prepared.back_plans.append(plan)
     return dx, gradients.named(), way.d_initial
 
 
