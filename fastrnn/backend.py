@@ -1,4 +1,4 @@
-"""The backends by name: each is a module with the same ``forward``, ``backward`` and ``prepare``, imported when it is first used."""
+"""The backends by name: modules with the same ``forward``, ``backward`` and ``prepare``, imported when first used."""
 
 import importlib
 from types import ModuleType

@@ -377,7 +377,7 @@ class Recurrent:
         return output[0] if batched else output[0, 0], self._join(last, batched)
 
     def _again(self, x: Array, T: int, state: LayerState) -> tuple[Array, LayerState] | None:
-        """Return what the last call would with another x (T * B, I) and state, in less time; None if it was not alike."""
+        """Return what a call would with x (T * B, I), in less time, if the last call was alike; else None."""
         prepared = self._prepared
         if prepared is None or len(prepared) > 1:
             return None

@@ -5,11 +5,13 @@ Where the kernel for X is
 ============================================  =================================================
 a cell's formula, forward and backward        :mod:`fastrnn.kernels.cells`, written once for all targets
 the walk through time on the CPU              :mod:`fastrnn.kernels.walk`
-its set-up: packing, buffers, shares of work  :mod:`fastrnn.kernels.cpu`
-products with weights, and their packing      :mod:`fastrnn.kernels.product`
+its set-up: plans, buffers, shares of work    :mod:`fastrnn.kernels.cpu`
+products with packed weights                  :mod:`fastrnn.kernels.product`
+packing weights, noticing that they changed   :mod:`fastrnn.kernels.packing`
 exp, sigmoid, tanh of a vector; CPU features  :mod:`fastrnn.kernels.simd`
 a cell as an argument of a kernel; caching    :mod:`fastrnn.kernels.stage`
 splitting a pass over threads                 :mod:`fastrnn.kernels.threads`
+threads that meet at every step               :mod:`fastrnn.kernels.barrier`
 the same in plain NumPy, to read and compare  :mod:`fastrnn.kernels.reference`
 ============================================  =================================================
 
@@ -20,12 +22,16 @@ P where there is a projection, else H. ``d`` + name is the gradient of the loss 
 
 Conventions
 -----------
-A backend (``cpu``, ``reference``) is a module with two functions, for one layer in one direction::
+A backend (``cpu``, ``reference``) is a module with three functions, for one layer in one direction::
 
-    forward(cell, x, params, state, *, lengths=None, reset=None, reverse=False, training=False, output=None, column=0)
+    forward(cell, x, params, state, *, lengths=None, reset=None, reverse=False, training=False, recompute=False,
+            output=None, column=0)
         -> output, state, tape
     backward(tape, d_output, d_state)
         -> dx, dparams, dstate
+    prepare(cell, params)
+        -> the layer for many calls: .forward(x, state, ...) as above, and .again(x, steps, state), a short way for a
+           call like the last one
 
 * `x` is (T, B, I), `output` and `d_output` (T, B, W). `state` is a tuple, h first: (h,), or (h, c) for LSTM; h is
   (B, W), c (B, H). `params` has PyTorch's names, shapes and order of gates (i f g o; r z n), and so have its gradients.

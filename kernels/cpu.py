@@ -89,7 +89,7 @@ class Rows(NamedTuple):
 
 
 class Tape(NamedTuple):
-    """What backward needs of a forward pass. It refers to the caller's x, params, state and output, and owns the rest."""
+    """What backward needs of a forward pass. It refers to the caller's arrays, and owns the rest."""
 
     prepared: Prepared
     size: Sizes

@@ -34,14 +34,14 @@ def cores() -> int:
 
 
 @functools.cache
-def _quota() -> float:
+def _quota(folder: str = "/sys/fs/cgroup") -> float:
     """Processors' worth of time that the container grants."""
     try:
-        granted, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()  # cgroup 2
+        granted, period = Path(folder, "cpu.max").read_text().split()  # cgroup 2
     except (OSError, ValueError):
         try:
-            granted = Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us").read_text()  # cgroup 1
-            period = Path("/sys/fs/cgroup/cpu/cpu.cfs_period_us").read_text()
+            granted = Path(folder, "cpu/cpu.cfs_quota_us").read_text()  # cgroup 1
+            period = Path(folder, "cpu/cpu.cfs_period_us").read_text()
         except OSError:
             return math.inf
     try:
