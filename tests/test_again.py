@@ -65,7 +65,7 @@ def test_backward_after_a_change(kind):
     layer, x = kind(I, H, seed=0), uniform(3, 2, I)
     for seed in range(3):
         layer.load_state_dict(kind(I, H, seed=seed).state_dict())
-        output, last, tape = layer.forward(x)
+        output, _, tape = layer.forward(x)
         fresh = kind(I, H, seed=seed)
         gradients, expected = layer.backward(tape, output), fresh.backward(fresh.forward(x)[2], output)
         assert bits(gradients.x) == bits(expected.x)
@@ -234,5 +234,5 @@ def test_recompute_is_for_training():
     one = problem("gru", 3, 2, 4, 5, dtype="float32")
     with pytest.raises(ValueError, match="recompute is True without training"):
         functional.forward("gru", one.x, one.params, recompute=True)
-    with pytest.raises(TypeError, match="recompute is 1, expected True or False|recompute is an int"):
+    with pytest.raises(TypeError, match="recompute is a"):
         functional.forward("gru", one.x, one.params, training=True, recompute=1)
