@@ -52,7 +52,7 @@ SLOW_FLOPS, SLOW_BYTES = 2e8 * VECTOR_BITS, 1e10  # operations, and bytes of wei
 CHUNK_BYTES = 1 << 22  # gate gradients that are kept until the weight gradients are summed
 AHEAD_BYTES = 1 << 17  # gate sums that are made ahead: a part of the second-level cache
 THREAD_FLOPS = 6e6  # work that is worth waking a thread for
-FEW_ROWS = 3  # a thread: fewer share units rather than rows
+FEW_ROWS = 2  # a thread: fewer share units rather than rows
 SMALL_BYTES = 1 << 18  # gate gradients of a backward pass whose memory is kept for the next
 SLOT_BYTES = 1 << 18  # states of steps that threads share
 
