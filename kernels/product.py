@@ -23,6 +23,7 @@ BLOCK = 128  # steps of k that are summed at a time: a panel's share of them sta
 OUTER_BLOCK = (
     512  # the same in the weight gradients, whose sums are over rows: fewer visits of the gradient, which is large
 )
+TALL = 4  # rows of a tile that computes long enough to have something fetched meanwhile
 IN_FLIGHT = 8  # sums under way that hide the latency of a fused multiply-add
 
 
@@ -37,8 +38,10 @@ def panels_together(rows, vectors):
     return max(1, -(-IN_FLIGHT // (rows * vectors)))
 
 
-def _emit_tile(builder, vector, shape, a, w, c, k_count):
-    """One tile: C += A W for `shape` = (rows, panels, vectors). a, w, c give pointers to their elements."""
+def _emit_tile(builder, vector, shape, a, w, c, ahead, k_count):
+    """One tile: C += A W for `shape` = (rows, panels, vectors). a, w, c give pointers to their elements, `ahead` to
+    what is to be fetched meanwhile.
+    """
     rows, panels, vectors = shape
     places = [(r, p, v) for r in range(rows) for p in range(panels) for v in range(vectors)]
     zero = simd.constant(vector, 0)
@@ -53,6 +56,8 @@ def _emit_tile(builder, vector, shape, a, w, c, k_count):
     for value in sums:
         value.add_incoming(zero, before)
     weights = {(p, v): simd.load_vector(builder, vector, w(k, p, v)) for p in range(panels) for v in range(vectors)}
+    if rows >= TALL:
+        simd.emit_prefetch(builder, ahead(k))
     elements = [simd.splat(builder, vector, builder.load(a(r, k))) for r in range(rows)]
     new = [
         simd.multiply_add(builder, vector, elements[r], weights[p, v], value)
@@ -71,13 +76,16 @@ def _emit_tile(builder, vector, shape, a, w, c, k_count):
 
 @intrinsic
 def multiply_tile(
-    typingctx, columns, rows, panels, a, a0, places, place, step, w, w0, w_panel, k_count, c, c0, c_row, c_panel
-):
+    typingctx, columns, rows, panels, a, a0, places, place, step, w, w0, w_panel, ahead, k_count, c, c0, c_row,
+    c_panel,
+):  # fmt: skip
     """C[r, p] += sum over k of A[r, k] W[p, k] for one tile of `rows` rows (1 to rows_in_tile) and `panels` panels,
     k_count > 0.
 
     A[r, k] stands at a[a0 + places[place + r] + k * step], W[p, k] at w[w0 + p * w_panel + k * V * lanes], C[r, p] (V
     vectors, is modified) at c[c0 + r * c_row + p * c_panel]. `panels` is 1 or panels_together(rows, V).
+
+    Meanwhile a tall tile has k_count vectors fetched from w[ahead] on.
     """
     vectors = len(columns)
     vector = simd.vector_of(a)
@@ -87,8 +95,8 @@ def multiply_tile(
             shapes[r, p] = (r, p, vectors)
 
     def emit(context, builder, sig, args):
-        (_, rows, panels, a, a0, places, place, step, w, w0, w_panel, k_count, c, c0, c_row, c_panel) = args
-        array = {name: sig.args[i] for name, i in (("a", 3), ("places", 5), ("w", 8), ("c", 12))}
+        (_, rows, panels, a, a0, places, place, step, w, w0, w_panel, ahead, k_count, c, c0, c_row, c_panel) = args
+        array = {name: sig.args[i] for name, i in (("a", 3), ("places", 5), ("w", 8), ("c", 13))}
 
         def pointer(name, value, index):
             return simd.address(context, builder, array[name], value, index)
@@ -111,6 +119,8 @@ def multiply_tile(
                 for r in range(shape[0])
             ]
 
+            fetched = pointer("w", w, ahead)
+
             def w_at(k, p, v):
                 index = builder.add(
                     builder.mul(k, ir.Constant(INT64, vectors * vector.lanes)), ir.Constant(INT64, v * vector.lanes)
@@ -123,7 +133,8 @@ def multiply_tile(
                 )
 
             _emit_tile(
-                builder, vector, shape, lambda r, k: builder.gep(a_rows[r], [builder.mul(k, step)]), w_at, c_at, k_count
+                builder, vector, shape, lambda r, k: builder.gep(a_rows[r], [builder.mul(k, step)]), w_at, c_at,
+                lambda k: builder.gep(fetched, [times(k, vector.lanes)]), k_count,
             )
 
         done = builder.append_basic_block("tile_end")
@@ -139,7 +150,7 @@ def multiply_tile(
         return context.get_dummy_value()
 
     i = types.intp
-    return types.void(columns, i, i, a, i, places, i, i, w, i, i, i, c, i, i, i), emit
+    return types.void(columns, i, i, a, i, places, i, i, w, i, i, i, i, c, i, i, i), emit
 
 
 @intrinsic
@@ -153,7 +164,8 @@ def multiply(columns, rows, panels, a, a0, places, place, w, w0, w_panel, k_coun
     """C[r, p] += A[r] W[p] for any number of rows. `panels` above 1 only where panels_together(rows, V) says so.
 
     Rows are dealt to tiles of nearly equal height; all of them visit a block of k before the next one is begun, so
-    that all but the first find the panel's share in the first-level cache.
+    that all but the first find the panel's share in the first-level cache. Those have the next block's share fetched,
+    each a vector's part of it.
     """
     most = tile_rows(columns)
     tiles = (rows + most - 1) // most
@@ -174,6 +186,7 @@ def multiply(columns, rows, panels, a, a0, places, place, w, w0, w_panel, k_coun
                 w,
                 w0 + k * len(columns) * lanes(w),
                 w_panel,
+                w0 + k * len(columns) * lanes(w) + (len(columns) + min(tile, len(columns)) - 1) * count * lanes(w),
                 count,
                 c,
                 c0 + r * c_row,
@@ -243,8 +256,8 @@ def add_outer_products(columns, d, d0, d_row, m0, m1, b, places, rows, n_count, 
                         clear(work, c_at, tile * width)
                         to, at, row = work, c_at, width
                     multiply_tile(
-                        columns, tile, 1, work, (i - m) * OUTER_BLOCK, tile_places, 0, height, work, b_at, 0, count,
-                        to, at, row, 0,
+                        columns, tile, 1, work, (i - m) * OUTER_BLOCK, tile_places, 0, height, work, b_at, 0, b_at,
+                        count, to, at, row, 0,
                     )  # fmt: skip
                     if n < width:
                         _add_first_columns(c, i * n_count + first, n_count, n, work, c_at, width, tile)

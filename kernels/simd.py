@@ -357,16 +357,21 @@ def at_address(typingctx, address, pointer):
     return pointer(types.int64, pointer), emit
 
 
+def emit_prefetch(builder, pointer):
+    """Ask for the cache line at `pointer`, without waiting for it."""
+    byte = ir.IntType(8).as_pointer()
+    kind = ir.FunctionType(ir.VoidType(), [byte, INT32, INT32, INT32])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    to_read_near_data = [ir.Constant(INT32, n) for n in (0, 3, 1)]
+    builder.call(function, [builder.bitcast(pointer, byte), *to_read_near_data])
+
+
 @intrinsic
 def prefetch(typingctx, pointer, index):
     """Ask for the cache line of pointer[index], without waiting for it."""
 
     def emit(context, builder, sig, args):
-        byte = ir.IntType(8).as_pointer()
-        place = builder.bitcast(builder.gep(args[0], [args[1]]), byte)
-        kind = ir.FunctionType(ir.VoidType(), [byte, INT32, INT32, INT32])
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        builder.call(function, [place] + [ir.Constant(INT32, n) for n in (0, 3, 1)])  # to read, near, data
+        emit_prefetch(builder, builder.gep(args[0], [args[1]]))
         return context.get_dummy_value()
 
     return types.void(pointer, types.intp), emit
