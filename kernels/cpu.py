@@ -54,6 +54,7 @@ AHEAD_BYTES = 1 << 17  # gate sums that are made ahead: a part of the second-lev
 THREAD_FLOPS = 6e6  # work that is worth waking a thread for
 FEW_ROWS = 2  # a thread: fewer share units rather than rows
 SMALL_BYTES = 1 << 18  # gate gradients of a backward pass whose memory is kept for the next
+CACHE_LINE = 64  # bytes
 SLOT_BYTES = 1 << 18  # states of steps that threads share
 
 
@@ -111,8 +112,8 @@ def _sort(lengths, steps, batch) -> Rows:
 def _aligned(count, dtype, zero=False):
     """A one-dimensional array that starts on a cache line."""
     size = dtype.itemsize
-    memory = (np.zeros if zero else np.empty)(count + 64 // size, dtype)
-    start = -ctypes.addressof(ctypes.c_char.from_buffer(memory)) % 64 // size
+    memory = (np.zeros if zero else np.empty)(count + CACHE_LINE // size, dtype)
+    start = -ctypes.addressof(ctypes.c_char.from_buffer(memory)) % CACHE_LINE // size
     return memory[start : start + count]
 
 
@@ -248,7 +249,9 @@ class Prepared:
         self.hidden = params["weight_ih"].shape[0] // self.cell.gates
         self.h = params["weight_hh"].shape[1]
         self.key = (self.cell.name, self.dtype)
-        self.d_row = self.cell.slots * self.hidden + (self.h if "weight_hr" in params else 0)  # gate gradients of a row
+        # Gate gradients of a row; and a cache line more, or the rows would all fall into the same sets of the caches.
+        columns = self.cell.slots * self.hidden + (self.h if "weight_hr" in params else 0)
+        self.d_row = columns + CACHE_LINE // self.dtype.itemsize
         self.x_blocks = [block for stage in self.cell.stages for block in stage.x_blocks]
         self.keep = keep
         names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
@@ -432,7 +435,7 @@ class Prepared:
                 _pack_columns(params["weight_hh"], second.h_blocks, hidden), count, len(second.h_blocks) * hidden
             )
         elif second is not None:
-            back2 = Back(_pack_columns(params["weight_hr"], second.h_blocks, self.h), self.d_row - self.h, self.h)
+            back2 = Back(_pack_columns(params["weight_hr"], second.h_blocks, self.h), self.cell.slots * hidden, self.h)
         wx = _pack_columns(params["weight_ih"], x_blocks, hidden)
         packed = (wx, len(x_blocks) * hidden, back, back2)
         self._packed_back = (checksum, packed)
