@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import time
 from typing import NamedTuple
 
@@ -54,6 +55,7 @@ AHEAD_BYTES = 1 << 17  # gate sums that are made ahead: a part of the second-lev
 THREAD_FLOPS = 6e6  # work that is worth waking a thread for
 FEW_ROWS = 2  # a thread: fewer share units rather than rows
 SMALL_BYTES = 1 << 18  # gate gradients of a backward pass whose memory is kept for the next
+STEP_ROWS = 2.0  # rows whose work is that of a step besides its rows
 CACHE_LINE = 64  # bytes
 SLOT_BYTES = 1 << 18  # states of steps that threads share
 
@@ -72,13 +74,13 @@ class Rows(NamedTuple):
             return [size.batch] * size.steps
         return (self.active[::-1] if reverse else self.active).tolist()
 
-    def share(self, part: int, parts: int, batch: int) -> tuple[int, int]:
-        """First and last row of a part, parts being of nearly equal work."""
+    def shares(self, parts: int, batch: int) -> list[tuple[int, int]]:
+        """First and last row of each part, parts being of nearly equal work."""
         if self.lengths is None or parts == 1:
-            return batch * part // parts, batch * (part + 1) // parts
-        done = np.cumsum(self.lengths)
-        cut = [int(np.searchsorted(done, done[-1] * p / parts)) for p in (part, part + 1)]
-        return cut[0] if part else 0, cut[1] if part + 1 < parts else batch
+            cuts = [batch * p // parts for p in range(parts + 1)]
+        else:
+            cuts = [0, *_cuts(self.lengths, parts, 0), batch]
+        return list(itertools.pairwise(cuts))
 
     def restore(self, array: np.ndarray) -> np.ndarray:
         """A copy of [B, ...] in the caller's order."""
@@ -87,6 +89,21 @@ class Rows(NamedTuple):
         restored = np.empty(array.shape, array.dtype)
         restored[self.order] = array
         return restored
+
+
+def _cuts(lengths, parts, start) -> list[int]:
+    """The rows, counted from `start`, before which decreasing lengths are to be cut into parts of nearly equal work."""
+    if parts == 1:
+        return []
+    first = parts // 2
+    done = np.cumsum(lengths)
+    longest = np.append(lengths[1:], 0)  # of what is left behind each row
+    costs = done + STEP_ROWS * lengths[0], done[-1] - done + STEP_ROWS * longest
+    cut = 1 + int(np.argmin(np.maximum(costs[0] / first, costs[1] / (parts - first))))
+    behind = [start + cut] * (parts - first - 1)  # where there are fewer rows than parts
+    if cut < len(lengths):
+        behind = _cuts(lengths[cut:], parts - first, start + cut)
+    return [*_cuts(lengths[:cut], first, start), start + cut, *behind]
 
 
 class Tape(NamedTuple):
@@ -281,8 +298,6 @@ class Prepared:
         size = plan.size
         if output is None:
             output = np.empty((size.steps, size.batch, size.h), self.dtype)
-        if lengths is not None:
-            output[:, :, column : column + size.h] = 0
         initial = tuple([s[None] for s in state])
         # Rows without a step keep their state.
         final = tuple([s.copy() if lengths is not None or not size.steps else np.empty_like(s) for s in initial])
@@ -416,7 +431,7 @@ class Prepared:
             crews = [Crew(0, batch, p, parts, sync) for p in range(parts)]
             return size._replace(slots=1 + max(8, min(slots, size.steps))), crews
         parts = max(1, min(parts, batch))
-        return size._replace(slots=2), [Crew(*rows.share(p, parts, batch), 0, 1, _constant()) for p in range(parts)]
+        return size._replace(slots=2), [Crew(*share, 0, 1, _constant()) for share in rows.shares(parts, batch)]
 
     def packed_back(self, checksum):
         """(weights of x, its rows, products of the first and second stage with h) for the way back."""
@@ -649,7 +664,7 @@ def backward(tape, d_output, d_state):
     plan = prepared.back_plan(tape)
     size = plan.size
 
-    dx = (np.empty if rows.lengths is None else np.zeros)(walk.x.shape, dtype)
+    dx = np.empty(walk.x.shape, dtype)
     d_output = _none(dtype) if d_output is None else d_output
     given = d_state or (None,) * len(initial)
     way = plan.way._replace(

@@ -133,8 +133,14 @@ def multiply_tile(
                 )
 
             _emit_tile(
-                builder, vector, shape, lambda r, k: builder.gep(a_rows[r], [builder.mul(k, step)]), w_at, c_at,
-                lambda k: builder.gep(fetched, [times(k, vector.lanes)]), k_count,
+                builder,
+                vector,
+                shape,
+                lambda r, k: builder.gep(a_rows[r], [builder.mul(k, step)]),
+                w_at,
+                c_at,
+                lambda k: builder.gep(fetched, [times(k, vector.lanes)]),
+                k_count,
             )
 
         done = builder.append_basic_block("tile_end")

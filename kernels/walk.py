@@ -281,6 +281,14 @@ def _begin(size, walk, initial, values, s, row0, row1):
 
 
 @register_jitable
+def _clear_padding(array, array_row, column, count, size, walk, row0, row1):
+    """array[t, b, column : column + count] = 0 beyond the lengths of the rows row0 to row1."""
+    for t in range(size.steps if given(walk.active) else 0):
+        for row in range(row0 + rows_at(walk, size, t, row0, row1), row1):
+            clear(array, number_of(walk, size, t, row) * array_row + column, count)
+
+
+@register_jitable
 def _leave(size, walk, values, now, final, row0, row1):
     """Rows row0 to row1 end here: keep their states."""
     for v in range(len(final)):
@@ -395,6 +403,7 @@ def _forward_rows(first, second, size, walk, weights, weights2, initial, final, 
             return
     elif begins:
         _begin(size, walk, initial, values, s0, row0, row1)
+        _clear_padding(walk.output, walk.output_row, walk.column, size.h, size, walk, row0, row1)
     projected, projected_until = 0, start
     for s in range(start, s1):
         if share < parts and crew.part == 0 and part == 0 and invite(crew.sync, parts, s):
@@ -592,6 +601,7 @@ def backward_rows(
             return
     elif begins:
         _begin_back(size, walk, way, s1, row0, row1)
+        _clear_padding(dx, size.inputs, 0, size.inputs, size, walk, row0, row1)
     for i in range(start, s1 - s0 + 1):
         s = s1 - 1 - i  # its gate gradients are next; what h is handed back of the step after it comes first
         if share < parts and crew.part == 0 and part == 0 and invite(crew.sync, parts, i):

@@ -234,5 +234,5 @@ def test_recompute_is_for_training():
     one = problem("gru", 3, 2, 4, 5, dtype="float32")
     with pytest.raises(ValueError, match="recompute is True without training"):
         functional.forward("gru", one.x, one.params, recompute=True)
-    with pytest.raises(TypeError, match="recompute is a"):
+    with pytest.raises(TypeError, match="recompute is 1, expected True or False"):
         functional.forward("gru", one.x, one.params, training=True, recompute=1)
