@@ -270,7 +270,8 @@ class Prepared:
         columns = self.cell.slots * self.hidden + (self.h if "weight_hr" in params else 0)
         self.d_row = columns + CACHE_LINE // self.dtype.itemsize
         self.x_blocks = [block for stage in self.cell.stages for block in stage.x_blocks]
-        self.keep = keep
+        # What is kept is compared with the arrays that are seen here: not with those that would be copied first.
+        self.keep = keep and all(array.flags.c_contiguous for array in params.values())
         names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
         self.arrays = [params[name].reshape(-1) if name in params else _none(self.dtype) for name in names]
         self._packed: Packed | None = None
@@ -282,7 +283,7 @@ class Prepared:
         """The weights as they are now."""
         checksum = call(checksum_of, self.dtype, SOURCE, *self.arrays) if self.keep else 0
         packed = self._packed
-        if packed is None or packed.checksum != checksum:
+        if packed is None or packed.checksum != checksum or not self.keep:
             first = _pack_stage(self.stages[0], self.params, self.hidden, self.h)
             second = self.stages[1] and _pack_stage(self.stages[1], self.params, self.hidden, self.h)
             packed = self._packed = Packed(checksum, first, second or first)
@@ -315,7 +316,8 @@ class Prepared:
         plain = plan.options == (size.h,) + (0,) * 7 and len(plan.crews) == 1 and size.steps <= plan.length
         plain = plain and size.steps > 0
         plan.entry = entry(forward_rows, self.key) if plain else None
-        tape = Tape(self, size, rows, walk, states, recompute, plan.packed.checksum) if training else None
+        packed = plan.packed or self.packed()
+        tape = Tape(self, size, rows, walk, states, recompute, packed.checksum) if training else None
         self.give_back(plan, rows)
         return output, tuple([s[0] for s in final]), tape
 
@@ -740,7 +742,8 @@ def warmup(cells=None, dtypes=("float32",), training=True) -> dict[str, float]:
                 shapes["weight_hr"] = (1, 1)
             params = {key: np.zeros(shape, dtype) for key, shape in shapes.items()}
             state = tuple(np.zeros((1, 1), dtype) for _ in range(cell.states))
-            _, _, tape = forward(name, np.zeros((1, 1, 1), dtype), params, state, training=training)
+            x, prepared = np.zeros((1, 1, 1), dtype), prepare(name, params)
+            _, _, tape = prepared.forward(x, state, training=training)
             if training:
                 backward(tape, None, state)
             seconds[f"{name} {np.dtype(dtype).name}"] = time.perf_counter() - start

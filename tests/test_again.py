@@ -236,3 +236,26 @@ def test_recompute_is_for_training():
         functional.forward("gru", one.x, one.params, recompute=True)
     with pytest.raises(TypeError, match="recompute is 1, expected True or False"):
         functional.forward("gru", one.x, one.params, training=True, recompute=1)
+
+
+@each_kind
+@pytest.mark.parametrize("shape", [(0, 2, I), (3, 0, I), (0, 0, I)], ids=str)
+def test_recompute_of_nothing(kind, shape):
+    layer = kind(I, H, seed=0)
+    output, last, tape = layer.forward(uniform(*shape), recompute=True)
+    gradients = layer.backward(tape, output, last)
+    assert not any(gradient.any() for gradient in gradients.params.values())
+
+
+def test_parameters_that_are_not_contiguous():
+    """functional.forward copies them; a backend that is given them all the same keeps nothing of them."""
+    from fastrnn.kernels import cpu
+
+    one = problem("gru", 3, 2, 4, 5, dtype="float32")
+    one.params["weight_hh"] = np.asfortranarray(one.params["weight_hh"])
+    prepared = cpu.prepare("gru", one.params)
+    for _ in range(2):
+        output, _, _ = prepared.forward(one.x, one.state)
+        expected, _, _ = functional.forward("gru", one.x, one.params, one.state)
+        assert bits(output) == bits(expected)
+        one.params["weight_hh"] *= -1
