@@ -352,8 +352,8 @@ class Recurrent:
         >>> y.shape, state.shape
         ((5,), (1, 5))
         """
-        if type(x_t) is Array and x_t.ndim == 2:
-            result = self._again(x_t, 1, state)
+        if type(x_t) is Array and x_t.ndim < 3:
+            result = self._again(x_t, 1, state) if x_t.ndim == 2 else self._again_unbatched(x_t, state)
             if result is not None:
                 return result
         spec, dtype = self._spec, self._dtype
@@ -385,6 +385,18 @@ class Recurrent:
             return prepared[0].again(x, T, state) if len(state) == 2 else None
         result = prepared[0].again(x, T, None if state is None else (state,))
         return (result[0], result[1][0]) if result is not None and len(result[1]) == 1 else result
+
+    def _again_unbatched(self, x_t: Array, state: LayerState) -> tuple[Array, LayerState] | None:
+        """Return what `_again` does of one step without a batch."""
+        arrays = state if type(state) is tuple else (state,)
+        if x_t.ndim != 1 or any(type(array) is not Array or array.ndim != 2 for array in arrays):
+            return None
+        wide = tuple([array[:, None] for array in arrays])
+        result = self._again(x_t[None], 1, wide if type(state) is tuple else wide[0])
+        if result is None:
+            return None
+        output, new = result
+        return output[0], tuple([array[:, 0] for array in new]) if type(new) is tuple else new[:, 0]
 
     def _run(
         self, x: Array, state: LayerState, lengths: Any, reset: Any, training: bool, recompute: bool = False

@@ -86,6 +86,21 @@ def test_a_call_again_gives_what_the_first_gave(kind):
 
 
 @each_kind
+def test_steps_without_a_batch(kind):
+    layer, x = kind(I, H, seed=0), uniform(9, I)
+    expected, expected_last = kind(I, H, seed=0)(x)
+    state = None
+    for t in range(9):
+        y, state = layer.step(x[t], state)
+        assert bits(y) == bits(expected[t])
+    assert bits(state) == bits(expected_last)
+    with pytest.raises(ValueError, match="state"):
+        layer.step(x[0], tuple(s[:, None] for s in state) if kind is LSTM else state[:, None])
+    with pytest.raises(ValueError, match="x_t"):
+        layer.step(x[0, 1:], state)
+
+
+@each_kind
 def test_results_are_not_overwritten(kind):
     layer, state = kind(I, H, seed=0), states(kind, 1, 1)
     layer.step(uniform(1, I), state)

@@ -1,0 +1,78 @@
+"""A second thread never costs time: not beside NumPy's own threads, not where other processes hold the cores.
+
+Ratios of times that are taken in turn, in one process; a machine that is disturbed in between gets another chance.
+"""
+
+import contextlib
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+import fastrnn
+from fastrnn.kernels import threads
+
+ATTEMPTS = 6
+SHAPES = [(100, 1, 256), (50, 32, 128)]
+each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
+
+pytestmark = pytest.mark.skipif(threads.cores() < 2, reason="there is one core: nothing runs on a second thread")
+
+
+@pytest.fixture(autouse=True)
+def same_threads():
+    before = fastrnn.get_num_threads()
+    yield
+    fastrnn.set_num_threads(before)
+
+
+def quantiles(shape, count, before=lambda: None, calls=40):
+    """Times with `count` threads as multiples of the median with one: their median and 90th percentile."""
+    T, B, H = shape
+    layer = fastrnn.LSTM(H, H, seed=0)
+    x = np.random.default_rng(0).standard_normal((T, B, H), np.float32)
+    times = {1: [], count: []}
+    for number in range(2 * calls):
+        threads_now = (1, count)[number % 2]
+        fastrnn.set_num_threads(threads_now)
+        before()
+        start = time.perf_counter()
+        layer(x)
+        times[threads_now].append(time.perf_counter() - start)
+    one = np.median(times[1])
+    return np.median(times[count]) / one, np.quantile(times[count], 0.9) / one
+
+
+@contextlib.contextmanager
+def every_core_held():
+    spin = [sys.executable, "-c", "while True: pass"]
+    others = [subprocess.Popen(spin) for _ in range(threads.cores())]
+    try:
+        time.sleep(0.3)
+        yield
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+
+
+@each_shape
+def test_after_a_product_of_numpy(shape):
+    """Its threads spin for a while, on the cores that a second thread would need."""
+    square = np.ones((512, 512), np.float32)
+    found = []
+    while len(found) < ATTEMPTS and (not found or min(found) > 1.1):
+        found.append(quantiles(shape, 2, before=lambda: square @ square)[0])
+    assert min(found) <= 1.1, found
+
+
+@each_shape
+@pytest.mark.parametrize("count", [2, 8])
+def test_other_processes_hold_every_core(shape, count):
+    found = []
+    with every_core_held():
+        while len(found) < ATTEMPTS and not any(median <= 1.5 and high <= 3 for median, high in found):
+            found.append(quantiles(shape, count))
+    assert any(median <= 1.5 and high <= 3 for median, high in found), found
