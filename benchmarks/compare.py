@@ -27,12 +27,24 @@ def figures(seconds: Mapping[str, Sequence[float]]) -> results.Record:
     """Milliseconds of each library, how many times as long as fastrnn the others take, and the fastest of the peers."""
     ratios = {name: bench.ratio(times, seconds["fastrnn"]) for name, times in seconds.items() if name != "fastrnn"}
     milliseconds = {name: 1e3 * statistics.median(times) for name, times in seconds.items()}
-    peers = [name for name in ratios if name in PEERS]
-    return {
-        "milliseconds": {name: results.rounded(value) for name, value in milliseconds.items()},
-        "ratio": {name: results.rounded(value) for name, value in ratios.items()},
-        "best_peer": min(peers, key=ratios.__getitem__, default=None),
-    }
+    return with_best_peer(
+        {
+            "milliseconds": {name: results.rounded(value) for name, value in milliseconds.items()},
+            "ratio": {name: results.rounded(value) for name, value in ratios.items()},
+        }
+    )
+
+
+def with_best_peer(found: results.Record) -> results.Record:
+    ratios = found["ratio"]
+    return {**found, "best_peer": min((name for name in ratios if name in PEERS), key=ratios.get, default=None)}
+
+
+def beside(old: results.Record | None, found: results.Record) -> results.Record:
+    """What was found, with what other libraries took in an earlier run; a ratio is always of one run."""
+    if old is None:
+        return found
+    return with_best_peer({part: {**old[part], **found[part]} for part in ("milliseconds", "ratio")})
 
 
 def record(case: Case, threads: int) -> results.Record:
@@ -75,8 +87,10 @@ def run(given: argparse.Namespace, cases: Iterable[Case], threads: int, deadline
             if time.monotonic() > deadline:
                 return False
             seconds = bench.measure(workers, case, seconds=given.seconds, rounds=given.rounds, limit=given.limit)
-            found = figures(seconds)
-            results.merge(given.name, "cases", [{**record(case, threads), **found}])
+            what, found = record(case, threads), figures(seconds)
+            known = {results.key("cases", old): old for old in results.read(given.name).get("cases", [])}
+            old = known.get(results.key("cases", what))
+            results.merge(given.name, "cases", [{**what, **beside(old, found)}])
             print(f"{threads} {case!s:<44}", found["milliseconds"], flush=True)
         return True
     finally:

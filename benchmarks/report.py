@@ -265,7 +265,8 @@ def section(results: Record) -> str:
     shapes = len({tuple(case["shape"]) for case in cases})
     parts = [
         f"{head(results)} How many times as long as fastrnn the others take, each in a process of its own, with as "
-        f"many threads: geometric mean over {shapes} shapes, and the smallest in brackets. *{BEST.capitalize()}* is, "
+        f"many threads: geometric mean over {shapes} shapes, and the smallest in brackets. {results.get('remark', '')}"
+        f"*{BEST.capitalize()}* is, "
         "shape by shape, the fastest of the libraries before it. "
         "[All tables and pictures](benchmarks/RESULTS.md).",
         summary(cases),

@@ -202,6 +202,7 @@ class Plan:
         self.crews = crews
         self.length = length  # steps of a call
         self.steps = size.steps
+        self.threads = threads.get_num_threads()
         self.entry = None  # the compiled kernel, where the last call was a plain one
         self.output_shape = (size.steps * size.batch, size.h)
         self.states = tuple([(1, size.batch, n) for n in (size.h, size.hidden)][: prepared.cell.states])
@@ -336,7 +337,8 @@ class Prepared:
             return None
         result = None
         dtype, shapes = self.dtype, plan.states
-        if plan.entry is not None and plan.steps == steps and x.dtype is dtype:
+        known = plan.entry is not None and plan.steps == steps and plan.threads == threads.get_num_threads()
+        if known and x.dtype is dtype:
             if state is None:
                 state = plan.zeros
             final = [
@@ -478,9 +480,9 @@ def _run(part, crews):
     else:
         sync = crews[0].sync
         barrier.renew(sync)
-        threads.share(lambda p, parts: part(crews[p]._replace(parts=parts), p), len(crews))
+        in_time = threads.share(lambda p, parts: part(crews[p]._replace(parts=parts), p), len(crews))
         if sync[barrier.MODE] != barrier.OPEN:  # else nobody was asked: the pool is taken or resting
-            threads.shared(not barrier.failed(sync))
+            threads.shared(in_time and not barrier.failed(sync))
 
 
 def _flops(cell, size, rows) -> float:

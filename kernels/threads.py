@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from queue import Empty, SimpleQueue
 
-REST_SECONDS = (0.0005, 0.1)  # without sharing, after a thread did not get a core: doubled each time, but not above
+REST_SECONDS = (0.0005, 0.1)  # without sharing, after a thread did not get a core: at first, and at most
 POLL_SECONDS = 1e-4  # of looking whether the others are through, before going to sleep
 
 _yield = getattr(os, "sched_yield", functools.partial(time.sleep, 0))
@@ -125,9 +125,11 @@ class _Pool:
                     helper.keep_off(here)
         return helpers
 
-    def run(self, part, parts, needed=True):
+    def run(self, part, parts, needed=True) -> bool:
         """Call part(p, parts) for every p: 0 on this thread. Those that no thread has begun by the time this one is
         through with its own are done here as well, or not at all if they are not `needed`.
+
+        Returns whether all were through at about the same time.
         """
         helpers = self._call(parts - 1)
         done: SimpleQueue = SimpleQueue()  # of this call alone: one that was interrupted leaves nothing for the next
@@ -151,11 +153,12 @@ class _Pool:
                     part(p, parts)
                 except BaseException as e:
                     error = e
-        polls_until = time.perf_counter() + POLL_SECONDS
+        polls_until, late = time.perf_counter() + POLL_SECONDS, False
         while waiting:  # for all, whatever happens: they write into this call's arrays
             try:
                 # Most are through at about the same time, and being woken takes longer than looking a few times.
-                other = done.get(block=time.perf_counter() >= polls_until)
+                late = late or time.perf_counter() >= polls_until
+                other = done.get(block=late)
                 waiting -= 1
                 error = error or other
             except Empty:
@@ -164,6 +167,7 @@ class _Pool:
                 error = e
         if error is not None:
             raise error
+        return not late
 
 
 _pool = _Pool()
@@ -223,23 +227,28 @@ def run(part: Callable[[int, int], None], parts: int) -> None:
             part(p, parts)
 
 
-def share(part: Callable[[int, int], None], parts: int) -> None:
+def share(part: Callable[[int, int], None], parts: int) -> bool:
     """Call part(0, parts) here, which can do everything, and the other parts, which help it, on as many threads as come
     in time; part(0, 1) where the pool is taken or resting.
+
+    Returns whether nobody had to be waited for at the end.
     """
     if time.monotonic() >= _pool.rests_until and _pool.lock.acquire(blocking=False):
         try:
-            _pool.run(part, parts, needed=False)
+            return _pool.run(part, parts, needed=False)
         finally:
             _pool.lock.release()
-    else:
-        part(0, 1)
+    part(0, 1)
+    return True
 
 
 def shared(successfully: bool) -> None:
-    """Whether the last sharing was one. If a thread did not get a core, share nothing for a while."""
+    """Whether the last sharing was one. If a thread did not get a core, share nothing for a while; the more often that
+    happens, the longer.
+    """
+    shortest, longest = REST_SECONDS
     if successfully:
-        _pool.rest = REST_SECONDS[0]
+        _pool.rest = max(_pool.rest / 2, shortest)
     else:
         _pool.rests_until = time.monotonic() + _pool.rest
-        _pool.rest = min(2 * _pool.rest, REST_SECONDS[1])
+        _pool.rest = min(4 * _pool.rest, longest)

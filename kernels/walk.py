@@ -1,7 +1,8 @@
 """The walk through time on the CPU, compiled: forward and backward of one layer in one direction, for some of its rows.
 
-Rows (sequences) are independent of each other, so each thread walks through time with rows of its own. Rows are kept
-in the order of decreasing length: those that are active at step t are the first ``active[t]`` ones, and row j is row
+Rows (sequences) are independent of each other, so each thread walks through time with rows of its own; where there are
+few rows, threads share the hidden units of one walk instead (:mod:`fastrnn.kernels.barrier`). Rows are kept in the
+order of decreasing length: those that are active at step t are the first ``active[t]`` ones, and row j is row
 ``order[j]`` of the caller's batch.
 
 Within a step, a stage takes one panel of hidden units at a time: the products with x and h go into a few gate sums,

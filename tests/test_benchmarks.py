@@ -220,3 +220,14 @@ def test_pictures(tmp_path):
         pictures.plt.close(figure)
     assert "ONNX" not in (tmp_path / "hidden.svg").read_text(encoding="utf-8")
     assert "JAX" in (tmp_path / "hidden.svg").read_text(encoding="utf-8")
+
+
+def test_a_library_measured_later_stands_beside_the_others():
+    old = {"milliseconds": {"fastrnn": 1.0, "torch": 9.0, "jax": 3.0}, "ratio": {"torch": 9.0, "jax": 3.0}}
+    new = {"milliseconds": {"fastrnn": 1.1, "torch": 2.2}, "ratio": {"torch": 2.0}}
+    assert compare.beside(None, new) == new
+    assert compare.beside(old, new) == {
+        "milliseconds": {"fastrnn": 1.1, "torch": 2.2, "jax": 3.0},
+        "ratio": {"torch": 2.0, "jax": 3.0},
+        "best_peer": "torch",
+    }

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numba import njit
 
-from fastrnn import functional
+from fastrnn import LSTM, functional
 from fastrnn.kernels import barrier, cpu, threads
 from fastrnn.kernels.simd import borrowed
 from fastrnn.testing import problem
@@ -78,6 +78,17 @@ def test_states_of_more_steps_than_there_are_slots(shared, monkeypatch):
     expected = results("lstm", one)
     threads.set_num_threads(2)
     assert results("lstm", one) == expected
+
+
+def test_a_new_number_of_threads_counts_from_the_next_call_on(shared):
+    layer, x = LSTM(20, 200, seed=0), problem("lstm", 30, 1, 20, 200, dtype="float32").x
+    threads.set_num_threads(1)
+    for _ in range(3):
+        expected = layer(x)[0].tobytes()
+    assert not shared
+    threads.set_num_threads(2)
+    assert layer(x)[0].tobytes() == expected
+    assert sum(shared.values()) == 1
 
 
 # ---- the protocol, one function at a time
@@ -175,7 +186,7 @@ def test_parts_that_no_thread_begins_are_done_by_the_caller(monkeypatch):
 def test_after_a_failure_nothing_is_shared_for_a_while(monkeypatch):
     monkeypatch.setattr(threads, "_pool", threads._Pool())
     monkeypatch.setattr(threads, "REST_SECONDS", (0.2, 10.0))
-    threads.shared(True)
+    threads._pool.rest = 0.2
     done = []
 
     def part(p, parts):
@@ -193,16 +204,18 @@ def test_after_a_failure_nothing_is_shared_for_a_while(monkeypatch):
     assert set(done) == {2}
 
 
-def test_rests_grow_until_something_is_shared_again(monkeypatch):
+def test_rests_grow_with_failures_and_shrink_with_success(monkeypatch):
     monkeypatch.setattr(threads, "_pool", threads._Pool())
     rests = []
     for _ in range(20):
         threads.shared(False)
         rests.append(threads._pool.rest)
-    assert rests[:3] == [2 * threads.REST_SECONDS[0], 4 * threads.REST_SECONDS[0], 8 * threads.REST_SECONDS[0]]
-    assert rests[-1] == threads.REST_SECONDS[1]
-    threads.shared(True)
-    assert threads._pool.rest == threads.REST_SECONDS[0]
+    shortest, longest = threads.REST_SECONDS
+    assert rests[:2] == [4 * shortest, 16 * shortest]
+    assert rests[-1] == longest
+    for _ in range(20):
+        threads.shared(True)
+    assert threads._pool.rest == shortest
 
 
 @pytest.mark.parametrize(
