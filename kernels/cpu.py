@@ -201,9 +201,9 @@ class Plan:
         self.size = size
         self.crews = crews
         self.length = length  # steps of a call
-        self.steps = size.steps
-        self.threads = threads.get_num_threads()
-        self.entry = None  # the compiled kernel, where the last call was a plain one
+        self.threads = threads.limit
+        self.entry = None  # the compiled kernel, where the last call was a plain one,
+        self.entry_steps = -1  # and its steps
         self.output_shape = (size.steps * size.batch, size.h)
         self.states = tuple([(1, size.batch, n) for n in (size.h, size.hidden)][: prepared.cell.states])
         self.zeros = tuple([np.zeros(shape, prepared.dtype) for shape in self.states])
@@ -316,7 +316,7 @@ class Prepared:
             self.walk(plan, walk, initial, final, s0, s1, begins=s0 == 0)
         plain = plan.options == (size.h,) + (0,) * 7 and len(plan.crews) == 1 and size.steps <= plan.length
         plain = plain and size.steps > 0
-        plan.entry = entry(forward_rows, self.key) if plain else None
+        plan.entry, plan.entry_steps = (entry(forward_rows, self.key), size.steps) if plain else (None, -1)
         packed = plan.packed or self.packed()
         tape = Tape(self, size, rows, walk, states, recompute, packed.checksum) if training else None
         self.give_back(plan, rows)
@@ -337,8 +337,7 @@ class Prepared:
             return None
         result = None
         dtype, shapes = self.dtype, plan.states
-        known = plan.entry is not None and plan.steps == steps and plan.threads == threads.get_num_threads()
-        if known and x.dtype is dtype:
+        if plan.entry_steps == steps and plan.threads == threads.limit and x.dtype is dtype:
             if state is None:
                 state = plan.zeros
             final = [

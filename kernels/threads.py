@@ -171,7 +171,7 @@ class _Pool:
 
 
 _pool = _Pool()
-_count = _initial()
+limit = _initial()  # of threads in a pass; see set_num_threads
 
 
 def _after_fork():
@@ -202,17 +202,17 @@ def set_num_threads(n: int) -> None:
     1
     >>> fastrnn.set_num_threads(before)
     """
-    global _count
+    global limit
     if isinstance(n, bool) or not hasattr(n, "__index__"):
         raise TypeError(f"n must be a whole number, got {type(n).__name__}")
     if n.__index__() < 1:
         raise ValueError(f"n must be at least 1, got {n}")
-    _count = n.__index__()
+    limit = n.__index__()
 
 
 def get_num_threads() -> int:
     """The most threads that a pass uses; see :func:`set_num_threads`."""
-    return _count
+    return limit
 
 
 def run(part: Callable[[int, int], None], parts: int) -> None:
