@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 
 REST_SECONDS = (0.0005, 0.1)  # without sharing, after a thread did not get a core: at first, and at most
 POLL_SECONDS = 1e-4  # of looking whether the others are through, before going to sleep
@@ -70,6 +70,28 @@ def _find_getcpu():
 _getcpu = _find_getcpu()
 
 
+class _Task:
+    """A part of a call. Whoever first says that it is his does it: the helper that was handed it, or the caller.
+
+    All of it can be asked again with the same answer: a caller who is interrupted at any point goes on asking.
+    """
+
+    def __init__(self, part, p, parts):
+        self.part, self.p, self.parts = part, p, parts
+        self.owner: dict = {}
+        self.finished = threading.Event()
+        self.error: BaseException | None = None
+
+    def belongs_to(self, who) -> bool:
+        return self.owner.setdefault("it is", who) is who  # in one step: no two get True
+
+    def run(self):
+        try:
+            self.part(self.p, self.parts)
+        except BaseException as e:  # handed to the caller, who raises it
+            self.error = e
+
+
 class _Helper:
     """A thread that sleeps until it is handed a part of a call."""
 
@@ -82,16 +104,13 @@ class _Helper:
     def _work(self):
         self.number = threading.get_native_id()
         while True:
-            part, p, parts, done = self.tasks.get()
-            try:
-                part(p, parts)
-                error = None
-            except BaseException as e:  # handed to the caller, who raises it
-                error = e
-            if _getcpu:
-                self.processor = _getcpu()
-            done.put(error)
-            del part, done, error  # keep nothing of the call alive while asleep
+            task = self.tasks.get()
+            if task.belongs_to(self):
+                task.run()
+                if _getcpu:
+                    self.processor = _getcpu()
+                task.finished.set()
+            del task  # keep nothing of the call alive while asleep
 
     def keep_off(self, processor):
         """Run elsewhere. A thread is woken where it ran last if no other processor seems idle, and in a virtual machine
@@ -131,43 +150,40 @@ class _Pool:
 
         Returns whether all were through at about the same time.
         """
-        helpers = self._call(parts - 1)
-        done: SimpleQueue = SimpleQueue()  # of this call alone: one that was interrupted leaves nothing for the next
-        error: BaseException | None = None
-        waiting = 0
+        tasks = [_Task(part, p, parts) for p in range(1, parts)]
+        errors: list[BaseException] = []
         try:
-            for p, helper in enumerate(helpers, 1):
-                waiting += 1
-                helper.tasks.put((part, p, parts, done))
+            for helper, task in zip(self._call(parts - 1), tasks, strict=True):
+                helper.tasks.put(task)
             part(0, parts)
         except BaseException as e:
-            error = e
-        for helper in helpers:
+            errors.append(e)
+        while True:  # whatever happens: the others write into this call's arrays
             try:
-                _, p, _, _ = helper.tasks.get_nowait()
-            except Empty:
-                continue
-            waiting -= 1
-            if needed and error is None:
-                try:
-                    part(p, parts)
-                except BaseException as e:
-                    error = e
-        polls_until, late = time.perf_counter() + POLL_SECONDS, False
-        while waiting:  # for all, whatever happens: they write into this call's arrays
-            try:
+                in_time = self._finish(tasks, needed, errors)
+                break
+            except BaseException as e:
+                errors.append(e)
+        errors += [task.error for task in tasks if task.error]
+        if errors:
+            raise errors[0]
+        return in_time
+
+    def _finish(self, tasks, needed, errors) -> bool:
+        """Do or call off what nobody has begun, and wait for the rest; whether that took no time."""
+        for task in tasks:
+            if task.belongs_to(self) and needed and not errors and not task.finished.is_set():
+                task.finished.set()
+                task.run()
+        polls_until, in_time = time.perf_counter() + POLL_SECONDS, True
+        for task in tasks:
+            if not task.belongs_to(self):
                 # Most are through at about the same time, and being woken takes longer than looking a few times.
-                late = late or time.perf_counter() >= polls_until
-                other = done.get(block=late)
-                waiting -= 1
-                error = error or other
-            except Empty:
-                _yield()
-            except KeyboardInterrupt as e:
-                error = e
-        if error is not None:
-            raise error
-        return not late
+                while not task.finished.is_set() and time.perf_counter() < polls_until:
+                    _yield()
+                in_time = in_time and task.finished.is_set()
+                task.finished.wait()
+        return in_time
 
 
 _pool = _Pool()
