@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 
 REST_SECONDS = (0.0005, 0.1)  # without sharing, after a thread did not get a core: at first, and at most
 POLL_SECONDS = 1e-4  # of looking whether the others are through, before going to sleep
@@ -79,7 +79,8 @@ class _Task:
     def __init__(self, part, p, parts):
         self.part, self.p, self.parts = part, p, parts
         self.owner: dict = {}
-        self.finished = threading.Event()
+        self.finished = False
+        self.bell: SimpleQueue = SimpleQueue()  # threading's Event may stay locked after an interrupt
         self.error: BaseException | None = None
 
     def belongs_to(self, who) -> bool:
@@ -109,7 +110,8 @@ class _Helper:
                 task.run()
                 if _getcpu:
                     self.processor = _getcpu()
-                task.finished.set()
+                task.finished = True
+                task.bell.put(None)
             del task  # keep nothing of the call alive while asleep
 
     def keep_off(self, processor):
@@ -127,10 +129,24 @@ class _Pool:
     """Helpers, taken whole by one caller at a time."""
 
     def __init__(self):
-        self.lock = threading.Lock()
+        self.taken_by: dict = {}
         self.helpers: list[_Helper] = []
         self.rests_until = -math.inf
         self.rest = REST_SECONDS[0]
+
+    @contextlib.contextmanager
+    def taken(self):
+        """Whether this thread has the pool now. If it was interrupted just when it took it, it has it still, and gives
+        it back at the end of its next call: a lock would be lost.
+        """
+        me = threading.get_ident()
+        if self.taken_by.setdefault("thread", me) != me:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            self.taken_by.pop("thread", None)
 
     def _call(self, count) -> list[_Helper]:
         """So many helpers, none of which was last seen on this thread's processor."""
@@ -172,17 +188,19 @@ class _Pool:
     def _finish(self, tasks, needed, errors) -> bool:
         """Do or call off what nobody has begun, and wait for the rest; whether that took no time."""
         for task in tasks:
-            if task.belongs_to(self) and needed and not errors and not task.finished.is_set():
-                task.finished.set()
+            if task.belongs_to(self) and needed and not errors and not task.finished:
+                task.finished = True
                 task.run()
         polls_until, in_time = time.perf_counter() + POLL_SECONDS, True
         for task in tasks:
             if not task.belongs_to(self):
                 # Most are through at about the same time, and being woken takes longer than looking a few times.
-                while not task.finished.is_set() and time.perf_counter() < polls_until:
+                while not task.finished and time.perf_counter() < polls_until:
                     _yield()
-                in_time = in_time and task.finished.is_set()
-                task.finished.wait()
+                in_time = in_time and task.finished
+                while not task.finished:
+                    with contextlib.suppress(Empty):
+                        task.bell.get(timeout=1)
         return in_time
 
 
@@ -233,14 +251,13 @@ def get_num_threads() -> int:
 
 def run(part: Callable[[int, int], None], parts: int) -> None:
     """Call part(p, parts) for every p < parts, each on a thread of its own; all on this one where the pool is taken."""
-    if parts > 1 and _pool.lock.acquire(blocking=False):
-        try:
-            _pool.run(part, parts)
-        finally:
-            _pool.lock.release()
-    else:
-        for p in range(parts):
-            part(p, parts)
+    if parts > 1:
+        with _pool.taken() as mine:
+            if mine:
+                _pool.run(part, parts)
+                return
+    for p in range(parts):
+        part(p, parts)
 
 
 def share(part: Callable[[int, int], None], parts: int) -> bool:
@@ -249,11 +266,10 @@ def share(part: Callable[[int, int], None], parts: int) -> bool:
 
     Returns whether nobody had to be waited for at the end.
     """
-    if time.monotonic() >= _pool.rests_until and _pool.lock.acquire(blocking=False):
-        try:
-            return _pool.run(part, parts, needed=False)
-        finally:
-            _pool.lock.release()
+    if time.monotonic() >= _pool.rests_until:
+        with _pool.taken() as mine:
+            if mine:
+                return _pool.run(part, parts, needed=False)
     part(0, 1)
     return True
 

@@ -1,5 +1,6 @@
 """Ctrl-C is answered within a fifth of a second, and leaves the arguments of the interrupted call as they were."""
 
+import contextlib
 import signal
 import threading
 import time
@@ -7,7 +8,9 @@ import time
 import numpy as np
 import pytest
 
+import fastrnn
 from fastrnn import functional, testing
+from fastrnn.kernels import threads
 
 ANSWER = 0.2  # seconds
 
@@ -47,3 +50,28 @@ def test_a_long_call_is_interrupted(training):
     output, _, _ = functional.forward("lstm", p.x[:5], p.params, p.state)
     expected, _, _ = functional.forward("lstm", p.x[:5], p.params, p.state, backend="reference")
     testing.assert_close(output, expected, "output after an interruption")
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no interval timer to play Ctrl-C with")
+def test_interrupts_at_any_point_leave_nothing_behind():
+    """No call waits for ever, the next one is right, and the other threads can be had again."""
+    layer = fastrnn.LSTM(64, 128, seed=0)
+    x = np.random.default_rng(0).standard_normal((60, 1, 64), np.float32)
+    rows = np.random.default_rng(1).standard_normal((30, 32, 64), np.float32)
+    expected = [layer(array)[0].tobytes() for array in (x, rows)]
+    old = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    random = np.random.default_rng(2)
+    try:
+        for _ in range(300):
+            with contextlib.suppress(KeyboardInterrupt):
+                signal.setitimer(signal.ITIMER_REAL, random.uniform(2e-4, 4e-3))
+                while True:
+                    for array in (x, rows):
+                        output, _, tape = layer.forward(array)
+                        layer.backward(tape, output)
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            assert [layer(array)[0].tobytes() for array in (x, rows)] == expected
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, old)
+    assert not threads._pool.taken_by
