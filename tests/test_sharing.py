@@ -30,6 +30,7 @@ def shared(monkeypatch):
     monkeypatch.setattr(cpu, "FEW_ROWS", 1000)
     monkeypatch.setattr(threads, "cores", lambda: 4)
     monkeypatch.setattr(threads, "REST_SECONDS", (0.0, 0.0))
+    monkeypatch.setattr(threads, "_pool", threads._Pool())
     before = threads.get_num_threads()
     yield ends
     threads.set_num_threads(before)
