@@ -387,14 +387,9 @@ class Prepared:
     def plan(self, shape, rows, reset) -> Plan:
         """How to go about x of that shape: the last plan if it was for such a call."""
         key = (shape, reset, threads.get_num_threads())
-        if rows.lengths is None and self._plans:
-            try:
-                plan = self._plans.pop()
-            except IndexError:  # another thread was faster
-                pass
-            else:
-                if plan.key == key:
-                    return plan
+        plan = _taken(self._plans, key) if rows.lengths is None else None
+        if plan is not None:
+            return plan
         ld = -(-self.hidden // _line(self.dtype)) * _line(self.dtype)
         size = Sizes(*shape, self.hidden, self.h, ld, 2)
         flops = _flops(self.cell, size, rows.steps)
@@ -408,15 +403,8 @@ class Prepared:
         walk, rows, size = tape.walk, tape.rows, tape.size
         reset = walk.reset.size > 0
         key = (size.steps, size.batch, reset, threads.get_num_threads())
-        if rows.lengths is None and self.back_plans:
-            try:
-                plan = self.back_plans.pop()
-            except IndexError:  # another thread was faster
-                pass
-            else:
-                if plan.key == key:
-                    return plan
-        return BackPlan(self, key, size, rows, walk.reverse, reset)
+        plan = _taken(self.back_plans, key) if rows.lengths is None else None
+        return plan or BackPlan(self, key, size, rows, walk.reverse, reset)
 
     def give_back(self, plan, rows):
         """Keep a plan for the next call."""
@@ -458,6 +446,15 @@ class Prepared:
         packed = (wx, len(x_blocks) * hidden, back, back2)
         self._packed_back = (checksum, packed)
         return packed
+
+
+def _taken(plans, key):
+    """The plan that was kept last, taken from the list, if it is for such a call."""
+    try:
+        plan = plans.pop()
+    except IndexError:  # none, or another thread was faster
+        return None
+    return plan if plan.key == key else None
 
 
 def _line(dtype) -> int:
