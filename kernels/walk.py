@@ -546,7 +546,8 @@ def _hand_back(size, walk, way, back, carries, g, places, step, q0, p0, p1):
             for r in range(n):
                 if is_reset(walk, way.numbers[q0 + r0 + r]):
                     clear(way.dh, to + r * size.ld, width)
-                    clear(way.carried, to + r * size.ld, width)
+                    # A projected LSTM's c is longer than h, and goes on behind its last panel.
+                    clear(way.carried, to + r * size.ld, width if (p + 1) * width < size.h else size.ld - p * width)
                 else:
                     _copy(g, r * width, way.dh, to + r * size.ld, width)
 

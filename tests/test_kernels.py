@@ -118,6 +118,24 @@ def test_gradients_that_are_not_given(backend, cell, dtype, lengths):
         check(backend, dataclasses.replace(one, d_output=d_output, d_state=d_state))
 
 
+@each_backend
+@each_cell
+@each_dtype
+@pytest.mark.parametrize("H", [40, 65, 100, 130])
+def test_options_over_several_panels(backend, cell, dtype, H):
+    for reverse in (False, True):
+        check(backend, task(cell, 5, 4, 9, H, dtype=dtype, lengths=True, reset=True, reverse=reverse))
+
+
+@each_backend
+@each_dtype
+@pytest.mark.parametrize("P", [1, 3, 40, 99])
+def test_projection_of_any_width(backend, dtype, P):
+    for reverse in (False, True):
+        one = problem("lstm", 5, 3, 4, 100, P=P, dtype=dtype, lengths=True, reset=True, reverse=reverse)
+        check(backend, one)
+
+
 # (T, B, I, H): batches beyond a block of rows, one row for long, and what is summed and interrupted in several pieces.
 LARGE = [(3, 49, 5, 20), (2, 130, 33, 34), (300, 1, 17, 48), (150, 2, 3, 96), (200, 33, 100, 100)]
 
