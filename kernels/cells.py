@@ -28,7 +28,10 @@ from typing import NamedTuple
 
 from numba.extending import register_jitable
 
-# ---- activations and their derivatives. Each target may bring its own sigmoid, tanh and relu.
+# ---- activations and their derivatives. Each target may bring its own sigmoid, tanh and relu, and its own ONE: where
+# a number's type is strict, as on a GPU, a plain 1 would make all that it meets a double.
+
+ONE = 1
 
 
 def sigmoid(x):
@@ -56,7 +59,7 @@ def d_sigmoid(y):
 @register_jitable
 def d_tanh(y):
     """Derivative of tanh, from its value y."""
-    return 1 - y * y
+    return ONE - y * y
 
 
 def d_relu(y, dy):
