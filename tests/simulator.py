@@ -10,6 +10,7 @@ It can't see what depends on the order of memory between blocks, on the compiler
 """
 
 import contextlib
+import functools
 import math
 import random
 import types
@@ -227,6 +228,113 @@ class Ops:
     @staticmethod
     def at(pointer, n):
         return Pointer(pointer.array, pointer.start + int(n))
+
+
+    # ---- words
+
+    @staticmethod
+    def word_of(x):
+        return int(np.float32(x).view(np.uint32))
+
+    @staticmethod
+    def number_of(word):
+        return np.uint32(word).view(np.float32)
+
+    @staticmethod
+    def upper(word):
+        return word & 0xFFFFE000
+
+    upper_again = upper
+
+    # ---- memory that other blocks write meanwhile
+
+    @staticmethod
+    def load_words(pointer, i):
+        if (pointer.start + i) % 4:
+            raise Fault(f"a load of four words at {pointer.start + i}")
+        return tuple(int(pointer[i + k]) for k in range(4))
+
+    @staticmethod
+    def store_word(pointer, i, word):
+        pointer[i] = word
+
+    @staticmethod
+    def store_half(pointer, i, half):
+        pointer.array.view(np.uint16)[2 * pointer.start + i] = half & 0xFFFF
+
+    def pause(self):
+        self.grid.wait("memory")
+
+    def sync_warp(self):
+        self.grid.in_warp()
+
+    # ---- tensor cores
+
+    @property
+    def FORMATS(self):
+        def tf32(x):
+            """Rounded to nearest, ties away from zero, as cvt.rna."""
+            return (Ops.word_of(x) + 0x1000) & 0xFFFFE000 if math.isfinite(x) else Ops.word_of(x)
+
+        def two(half):
+            return lambda first, second: half(first) | half(second) << 16
+
+        def float16(x):
+            return int(np.float16(x).view(np.uint16)) if x == x else 0x7FFF
+
+        def bfloat16(x):
+            word = Ops.word_of(x)
+            return (word + 0x7FFF + (word >> 16 & 1)) >> 16 if x == x else 0x7FFF
+
+        def mma(unpack):
+            def multiply(*words_and_numbers):
+                return self.grid.in_warp(words_and_numbers, functools.partial(_mma, unpack))
+
+            return multiply
+
+        def format_of(pack, unpack):
+            return types.SimpleNamespace(pack=pack, mma=mma(unpack))
+
+        return {
+            "float32": format_of(lambda first, second: Ops.word_of(first), _one),
+            "tf32": format_of(lambda first, second: tf32(first), _one),
+            "bfloat16": format_of(two(bfloat16), _two_bfloat16),
+            "float16": format_of(two(float16), _two_float16),
+        }
+
+
+def _one(word):
+    """What tensor cores read of a word."""
+    return (float(Ops.number_of(word & 0xFFFFE000)),)
+
+
+def _two_bfloat16(word):
+    return float(Ops.number_of((word & 0xFFFF) << 16)), float(Ops.number_of(word & 0xFFFF0000))
+
+
+def _two_float16(word):
+    return tuple(float(x) for x in np.array([word], np.uint32).view(np.float16))
+
+
+def _mma(unpack, lanes):
+    """D = A B + C for the words of 32 lanes: PTX ISA, matrix fragments for mma.m16n8k8 and .m16n8k16."""
+    each = len(unpack(0))  # numbers in a word: k = lane % 4, and the same 4 words further on
+    a, b = np.zeros((16, 8 * each)), np.zeros((8 * each, 8))
+    for lane, words in enumerate(lanes):
+        row, k = lane // 4, lane % 4 * each
+        for i in range(4):
+            first = k + i // 2 * 4 * each
+            a[row + i % 2 * 8, first : first + each] = unpack(words[i])
+        for i in range(2):
+            first = k + i * 4 * each
+            b[first : first + each, row] = unpack(words[4 + i])
+    d = a @ b
+    results = []
+    for lane, words in enumerate(lanes):
+        row, column = lane // 4, lane % 4 * 2
+        places = ((row, column), (row, column + 1), (row + 8, column), (row + 8, column + 1))
+        results.append(tuple(np.float32(d[place] + c) for place, c in zip(places, words[6:], strict=True)))
+    return results
 
 
 def launch(kernel, grid, arguments, *, shared=0, seed=None):
