@@ -7,6 +7,9 @@ VENV   ?= .venv
 # JAX and ONNX Runtime, which the benchmarks compare with, need Python 3.11.
 FRAMEWORKS = torch==2.13.0 onnx==1.23.2 \
   'onnxruntime==1.31.1; python_version >= "3.11"' 'jax==0.10.2; python_version >= "3.11"'
+# Kernels for GPUs are compiled, and their machine code looked at, without a GPU; these are most of what is installed.
+LINUX = sys_platform == "linux" and python_version >= "3.11"
+CUDA = 'numba-cuda[cu13]>=0.28,<1; $(LINUX)' 'nvidia-cuda-nvdisasm>=13,<14; $(LINUX)'
 
 # What `make bench` measures, each merged into benchmarks/results/<machine>.json.
 SUITE = compare limits growth memory start disturbed
@@ -14,7 +17,7 @@ SUITE = compare limits growth memory start disturbed
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input
 
-.PHONY: help demo test test-all bench bench-layers bench-report check clean
+.PHONY: help demo test test-all test-gpu bench bench-layers bench-report check clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -26,8 +29,11 @@ demo: $(VENV)/.installed ## train a character-level language model on Python's o
 test: $(VENV)/.test ## run the tests
 	@$(BIN)/python -m pytest tests benchmarks --benchmark-disable $(ARGS)
 
-test-all: $(VENV)/.test-all ## run the tests with every optional package: PyTorch, ONNX Runtime, JAX, matplotlib, safetensors
+test-all: $(VENV)/.test-all ## run the tests with every optional package: PyTorch, ONNX Runtime, JAX, numba-cuda, matplotlib, safetensors
 	@$(BIN)/python -m pytest tests benchmarks --benchmark-disable -rs $(ARGS)
+
+test-gpu: $(VENV)/.test-all ## run the tests that need an NVIDIA GPU
+	@$(BIN)/python -m pytest tests -m gpu -rs $(ARGS)
 
 bench: $(VENV)/.test-all ## measure everything, beside PyTorch, ONNX Runtime and JAX (half an hour; ARGS=--quick: 3 minutes)
 	@for script in $(SUITE); do $(BIN)/python benchmarks/$$script.py $(ARGS) || exit; done
@@ -68,7 +74,7 @@ $(VENV)/.test: $(VENV)/.installed
 
 $(VENV)/.test-all: $(VENV)/.test
 	@echo 'Installing the optional packages into $(VENV) (once)'
-	@$(PIP) --editable '.[test,bench,safetensors]' $(FRAMEWORKS)
+	@$(PIP) --editable '.[test,bench,safetensors]' $(FRAMEWORKS) $(CUDA)
 	@touch $@
 
 $(VENV)/.check: $(VENV)/.installed

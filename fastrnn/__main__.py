@@ -69,13 +69,17 @@ def warmup(options: argparse.Namespace) -> int:
 
 
 def clear_cache(options: argparse.Namespace) -> int:
-    """Remove the compiled kernels."""
+    """Remove the compiled kernels, of the CPU and of GPUs."""
     from fastrnn import machine
+    from fastrnn.kernels.cuda import compiled
 
-    files = machine.cache_files()
-    for file in files:
+    files, cubins = machine.cache_files(), compiled.cache_files()
+    for file in files + cubins:
         file.unlink(missing_ok=True)
     print(f"Removed {len(files)} files of compiled kernels from {machine.cache_folder()}")
+    if cubins:
+        folders = ", ".join(sorted({str(file.parent) for file in cubins}))
+        print(f"Removed {len(cubins)} kernels for GPUs from {folders}")
     return 0
 
 

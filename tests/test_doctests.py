@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import importlib.util
 import pkgutil
 
 import pytest
@@ -9,17 +10,26 @@ import pytest
 import fastrnn
 import fastrnn.kernels
 
-# two folders: an editable installation takes fastrnn.kernels from one of its own
+# three folders: an editable installation takes fastrnn.kernels and fastrnn.kernels.cuda from others
+FOLDERS = {
+    "fastrnn": fastrnn.__path__,
+    "fastrnn.kernels": fastrnn.kernels.__path__,
+    "fastrnn.kernels.cuda": [f"{folder}/cuda" for folder in fastrnn.kernels.__path__],
+}
 MODULES = [
     module.name
-    for package in (fastrnn, fastrnn.kernels)
-    for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}.")
+    for package, path in FOLDERS.items()
+    for module in pkgutil.iter_modules(path, f"{package}.")
     if not module.name.endswith(".__main__")
 ]
+
+NEEDS_NUMBA_CUDA = {"fastrnn.kernels.ptx"}
 
 
 @pytest.mark.parametrize("name", ["fastrnn", "fastrnn.kernels", *MODULES])
 def test_examples(name, tmp_path, monkeypatch):
+    if name in NEEDS_NUMBA_CUDA and importlib.util.find_spec("numba_cuda") is None:
+        pytest.skip("numba-cuda is not installed")
     monkeypatch.chdir(tmp_path)  # for examples that write files
     failed, _ = doctest.testmod(importlib.import_module(name))
     assert failed == 0
@@ -27,3 +37,4 @@ def test_examples(name, tmp_path, monkeypatch):
 
 def test_kernels_are_among_the_modules():
     assert {"fastrnn.layers", "fastrnn.kernels.cpu", "fastrnn.kernels.reference"} <= set(MODULES)
+    assert {"fastrnn.kernels.ptx", "fastrnn.kernels.cuda.text"} <= set(MODULES)

@@ -5,6 +5,7 @@ import pytest
 import fastrnn
 from fastrnn import machine
 from fastrnn.__main__ import main
+from fastrnn.kernels.cuda import compiled
 from fastrnn.weights import CELLS
 
 
@@ -45,6 +46,7 @@ def test_clear_cache_removes_compiled_kernels_and_nothing_else(monkeypatch, tmp_
     for name in ours + others:
         (tmp_path / name).write_bytes(b"x")
     monkeypatch.setattr(machine, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(compiled, "folders", lambda: [tmp_path / "cuda"])
     assert machine.cache() == f"{tmp_path}, 2 files, 0.0 MB"
     assert main(["clear-cache"]) == 0
     assert capsys.readouterr().out == f"Removed 2 files of compiled kernels from {tmp_path}\n"

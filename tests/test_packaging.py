@@ -44,8 +44,10 @@ def names(wheel):
 def test_wheel_holds_every_module_and_the_typing_marker(names):
     expected = [f"fastrnn/{path.name}" for path in (ROOT / "fastrnn").glob("*.py")]
     expected += [f"fastrnn/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")]
+    expected += [f"fastrnn/kernels/cuda/{path.name}" for path in (ROOT / "kernels" / "cuda").glob("*.py")]
     expected += ["fastrnn/py.typed"]
     assert {"fastrnn/__init__.py", "fastrnn/__main__.py", "fastrnn/kernels/__init__.py"} < set(expected)
+    assert "fastrnn/kernels/cuda/text.py" in expected
     assert [name for name in expected if name not in names] == []
 
 
@@ -70,6 +72,7 @@ def test_metadata(wheel, names):
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
     required = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
     assert sorted(re.match(r"[\w-]+", line).group() for line in required) == ["numba", "numpy"]
+    assert {"cuda12", "cuda13", "safetensors"} <= set(metadata.get_all("Provides-Extra"))
 
 
 def test_installed_wheel_imports_and_runs(wheel, tmp_path):
@@ -79,9 +82,10 @@ def test_installed_wheel_imports_and_runs(wheel, tmp_path):
 import sys
 sys.path.insert(0, sys.argv[1])  # before the finder that an editable installation adds
 sys.meta_path[:] = [finder for finder in sys.meta_path if "__editable__" not in repr(finder)]
-import numpy as np, fastrnn, fastrnn.kernels
+import numpy as np, fastrnn, fastrnn.kernels, fastrnn.kernels.cuda.text
 assert fastrnn.__file__.startswith(sys.argv[1]), fastrnn.__file__
 assert fastrnn.kernels.__file__.startswith(sys.argv[1]), fastrnn.kernels.__file__
+assert fastrnn.kernels.cuda.text.__file__.startswith(sys.argv[1]), fastrnn.kernels.cuda.text.__file__
 output, state = fastrnn.GRU(3, 4, backend="reference", seed=0)(np.zeros((5, 2, 3), np.float32))
 print(output.shape, state.shape)
 """
