@@ -200,6 +200,18 @@ def test_numbas_device_is_replaced_for_this_thread_and_this_time_only(monkeypatc
     assert dispatcher.get_current_device() == "the GPU"
 
 
+def test_a_compiler_that_is_missing(monkeypatch, cache):
+    from numba.cuda.cudadrv.error import NvvmSupportError
+
+    def compile_ptx(*arguments, **options):
+        raise NvvmSupportError("libNVVM cannot be found")
+
+    monkeypatch.setattr(cuda, "compile_ptx", compile_ptx)
+    with pytest.raises(ImportError, match=r"without its compiler, NVVM: pip install 'fastrnn\[cuda13\]'"):
+        compiled.compile_kernel(kernel(), (9, 0))
+    assert not cache.exists()
+
+
 def test_clear_cache_removes_cubins_too(monkeypatch, tmp_path, cache, capsys):
     from fastrnn import machine
     from fastrnn.__main__ import main

@@ -563,11 +563,10 @@ def test_a_gpu_that_is_too_old_for_the_packages(installed, driver):
 
 def test_no_driver_on_this_machine():
     """Nothing is replaced: what a machine without a GPU says."""
-    pytest.importorskip("cuda.bindings.driver")
     device._driver.cache_clear()
     try:
         device.get_device()
-    except RuntimeError as error:
+    except (ImportError, RuntimeError) as error:
         if "no NVIDIA driver was found" not in str(error):
             pytest.skip(f"this machine says: {error}")
     else:

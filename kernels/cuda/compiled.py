@@ -25,6 +25,8 @@ import numba
 
 from fastrnn.kernels.cuda.text import Kernel
 
+HINT = "pip install 'fastrnn[cuda13]' (for drivers from 580 on), or 'fastrnn[cuda12]'"
+
 SUFFIX = ".fastrnn.cubin"
 PACKAGES = ("numba", "llvmlite", "numba-cuda", "cuda-core", "cuda-bindings", "cuda-toolkit", "nvidia-nvjitlink")
 PACKAGES += ("nvidia-nvvm", "nvidia-nvjitlink-cu12", "nvidia-cuda-nvcc-cu12")
@@ -57,13 +59,17 @@ def compile_kernel(kernel: Kernel, capability: tuple[int, int]) -> Compiled:
 
 def _compile(kernel: Kernel, capability: tuple[int, int]) -> Compiled:
     from numba import cuda
+    from numba.cuda.cudadrv.error import NvvmSupportError
 
     from fastrnn.kernels import ptx
 
     function, signature = kernel.make(ptx, *kernel.constants), numba.void(*map(_type, kernel.arguments))
     options = {"debug": False, "opt": True, "fastmath": False, "device": False}
-    with _lock, _device_of(capability):
-        text, _ = cuda.compile_ptx(function, signature, cc=capability, launch_bounds=(kernel.threads, 1), **options)
+    try:
+        with _lock, _device_of(capability):
+            text, _ = cuda.compile_ptx(function, signature, cc=capability, launch_bounds=(kernel.threads, 1), **options)
+    except NvvmSupportError as error:
+        raise ImportError(f"numba-cuda is installed without its compiler, NVVM: {HINT}") from error
     return _assemble(_named(text, kernel.make.__name__), kernel.make.__name__, capability)
 
 

@@ -5,7 +5,7 @@ Everything goes to one stream, the one on which the caller's library works now, 
 stream-ordered pool. Importing this module imports nothing of CUDA.
 
 Not yet run on a GPU: the tests drive it with a stand-in for ``cuda.bindings.driver``, and check that the real one takes
-arguments of these types.
+arguments of these types. By hand it has run over the real bindings with a stand-in for the driver's library.
 """
 
 from __future__ import annotations
@@ -22,13 +22,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastrnn.kernels.cuda.compiled import compile_kernel
+from fastrnn.kernels.cuda.compiled import HINT, compile_kernel
 from fastrnn.kernels.cuda.text import Kernel
 
 LEGACY, PER_THREAD = 1, 2  # the driver's handles of the two default streams
 ON_GPU = (2, 13)  # DLPack's numbers of CUDA's memory: of a device, managed
-
-HINT = "pip install 'fastrnn[cuda13]' (for drivers from 580 on), or 'fastrnn[cuda12]'"
 
 _devices: dict[tuple[str | None, int], Device] = {}
 _lock = threading.RLock()
