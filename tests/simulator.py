@@ -13,6 +13,7 @@ import contextlib
 import functools
 import math
 import random
+import sys
 import types
 
 import greenlet
@@ -66,6 +67,8 @@ class Shared:
     def __init__(self, grid, size, dtype):
         self.grid, self.array = grid, np.zeros(size, dtype)
         self.array.view(np.uint8)[:] = 0xAB
+        if self.array.dtype.kind == "f":
+            self.array[:] = np.nan  # the bytes above are too small a number to be noticed in a sum
         self.writer, self.readers = [None] * size, [{} for _ in range(size)]
 
     def __len__(self):
@@ -140,8 +143,10 @@ class Grid:
             key = thread.waits if thread.waits != ("memory",) else ("memory", thread.block, thread.index)
             groups.setdefault(key, []).append(thread)
         ready = []
-        for (kind, *_), group in groups.items():
-            need = {"block": self.threads, "warp": min(WARP, self.threads), "memory": 1}[kind]
+        for (kind, *where), group in groups.items():
+            need = {"block": self.threads, "warp": WARP, "memory": 1}[kind]
+            if kind == "warp":
+                need = min(need, self.threads - where[1] * WARP)
             if len(group) < need:
                 continue
             if kind == "warp":
@@ -152,6 +157,9 @@ class Grid:
                     thread.result = result
                     thread.warps += 1
             if kind == "block":
+                lines = sorted({thread.value for thread in group})
+                if len(lines) > 1:
+                    raise Fault(f"threads of block {where[0]} meet at different barriers, lines {lines}")
                 for thread in group:
                     thread.barriers += 1
             ready += group
@@ -166,7 +174,8 @@ class Grid:
     # ---- what `numba.cuda` has in a kernel
 
     def syncthreads(self):
-        self.wait("block", self.now.block)
+        caller = sys._getframe(1)
+        self.wait("block", self.now.block, value=(caller.f_code.co_filename, caller.f_lineno))
 
     def in_warp(self, value=None, collective=None):
         """What an instruction of the whole warp gives this thread: `collective` takes a list of 32 values to 32."""
