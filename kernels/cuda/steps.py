@@ -87,13 +87,13 @@ def forward(
     scratch = device.empty((D, handed, B, H), sums.dtype) if handed else None
     flags = LENGTHS * (lengths is not None) + RESET * (reset is not None) + TAPE * (tape is not None)
     buffers, numbers = [sums, bias, output, states, scratch, tape], (T, B, H, W, row, column, reverse, flags)
-    of_states, of_scratch = ((T + 1) * B * W, T * B * W), (handed * B * H, 0)
+    # Where h and c stand during the walk: numbers to copy, those of a direction, and from where in reverse.
+    places = (states, B * W, (T + 1) * B * W, T * B * W), (scratch, B * H, handed * B * H, 0)
     launch = functools.partial(_launch, device, sums.dtype.name, D, threads)
 
     def record():
-        launch(make_copy, (), B * W, [initial[0], states], (), B * W, B * W, 0, *of_states, reverse)
-        if len(initial) > 1:
-            launch(make_copy, (), B * H, [initial[1], scratch], (), B * H, B * H, 0, *of_scratch, reverse)
+        for begun, (during, count, each, end) in zip(initial, places, strict=False):
+            launch(make_copy, (), count, [begun, during], (), count, count, 0, each, end, reverse)
         for s in range(T):
             for i, (stage, product) in enumerate(zip(CELLS[cell].stages, products, strict=True)):
                 for d in range(D):
@@ -101,13 +101,12 @@ def forward(
                     operand = Matrix(states, (d * (T + 1) + before) * B * W, B, W, W)
                     if stage.operand:
                         operand = Matrix(scratch, (d * handed + stage.operand - 1) * B * H, B, H, H)
-                    target = Matrix(made[i], d * B * product.rows, B, product.rows, product.rows)
-                    multiply(device, operand, product.matrix(d).T, target)
+                    w = product.matrix(d)
+                    multiply(device, operand, w.T, Matrix(made[i], d * B * w.rows, B, w.rows, w.rows))
                 step = [made[i], *buffers], (lengths, reset), s, *numbers
                 launch(make_forward, (cell, i), B * product.units, *step)
-        launch(make_copy, (), B * W, [states, final[0]], (), B * W, *of_states, B * W, 0, ~reverse)
-        if len(initial) > 1:
-            launch(make_copy, (), B * H, [scratch, final[1]], (), B * H, *of_scratch, B * H, 0, ~reverse)
+        for ended, (during, count, each, end) in zip(final, places, strict=False):
+            launch(make_copy, (), count, [during, ended], (), count, each, end, count, 0, ~reverse)
 
     every = [*made, *buffers, *weights, *initial, *final, lengths, reset]
     device.graph(("steps, forward", cell, sums.dtype.name, D, threads, numbers, *map(_pointer, every)), record)
@@ -140,10 +139,8 @@ def backward(
                     t = T - 1 - s if reverse >> z & 1 else s
                     gates = Matrix(d, (z * T + t) * B * d_row + product.column, B, product.rows, d_row)
                     # The gradient of h is what has gone back by itself, and this.
-                    target = Matrix(
-                        middle if i else d_initial[0], z * B * product.columns, B, product.columns, product.columns
-                    )
-                    multiply(device, gates, product.matrix(z), target, add=i == 0)
+                    w, target = product.matrix(z), middle if i else d_initial[0]
+                    multiply(device, gates, w, Matrix(target, z * B * w.columns, B, w.columns, w.columns), add=i == 0)
         if reset is not None and T:
             launch(make_first_reset, (), B * W, [d_initial[0]], (lengths, reset), T, B, W, reverse, flags)
 
@@ -190,8 +187,7 @@ def make_forward(ops, cell, number, dtype):
     none, of_states = (zero,) * h_slots, stage.operand == H
     read, read_now = values_before(ops, stage.reads, dtype), values_before(ops, stage.reads_now, dtype)
     keep, save = keep_values(ops, stage.results), store_each(ops, stage.saves)
-    pass_h = beyond_h(ops, dtype) if H in stage.results else ops.device(nothing)
-    pass_tape = beyond_tape(ops, cell, stage, dtype)
+    pass_by = beyond(ops, cell, stage, dtype)
 
     def kernel(
         made, sums, bias, output, states, scratch, tape, lengths, reset,
@@ -210,9 +206,7 @@ def make_forward(ops, cell, number, dtype):
         at, each = (z * values * B + b) * H + j, B * H  # in scratch
         out, saved_at = (t * B + b) * row + column + z * W + j, place * saves * H + j
         if flags & LENGTHS and t >= lengths[b]:
-            pass_h(states, before, after, output, out)
-            if flags & TAPE:
-                pass_tape(tape, saved_at, H, scratch, at)
+            pass_by(states, before, after, output, out, scratch, at, tape, saved_at, H, flags & TAPE != 0)
             return
         cleared = (flags & RESET) != 0 and reset[t * B + b] != 0
         of_h = none if cleared and of_states else load_h(made, line * h_slots * units + j, units)
@@ -227,27 +221,20 @@ def make_forward(ops, cell, number, dtype):
     return kernel
 
 
-def beyond_h(ops, dtype):
-    """A step beyond a row's length: its h goes on as it is, its output is 0."""
-    zero = np.dtype(dtype).type(0)
-
-    def run(states, before, after, output, out):
-        states[after] = states[before]
-        output[out] = zero
-
-    return ops.device(run)
-
-
-def beyond_tape(ops, cell, stage, dtype):
-    """The same in tape: c as it is, and 0."""
-    keeps_c = CELLS[cell].states > 1 and C in stage.results
+def beyond(ops, cell, stage, dtype):
+    """A step beyond a row's length: its states go on as they are; 0 in output and in what else is saved."""
+    zero, gives_h, keeps_c = np.dtype(dtype).type(0), H in stage.results, CELLS[cell].states > 1 and C in stage.results
     cleared = tuple(place for place in stage.saves if not keeps_c or place != TAPE_OF_C)
-    clear, zeros = store_each(ops, cleared), (np.dtype(dtype).type(0),) * len(cleared)
+    clear, zeros = store_each(ops, cleared), (zero,) * len(cleared)
     keep_c = copy_one(ops) if keeps_c else ops.device(nothing)
 
-    def run(tape, at, stride, scratch, c_at):
-        clear(tape, at, stride, zeros)
-        keep_c(scratch, c_at, tape, at + TAPE_OF_C * stride)
+    def run(states, before, after, output, out, scratch, at, tape, saved_at, H, taped):
+        if gives_h:
+            states[after] = states[before]
+            output[out] = zero
+        if taped:
+            clear(tape, saved_at, H, zeros)
+            keep_c(scratch, at, tape, saved_at + TAPE_OF_C * H)
 
     return ops.device(run)
 
