@@ -11,7 +11,6 @@ import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -33,18 +32,19 @@ class Tape:
     It refers to what forward was given and returned, and copies none of it: backward has to see it as forward left it.
     """
 
-    backend: ModuleType
+    backend: Any
     tape: Any
     dtype: np.dtype
     output_shape: Shape
     state_shapes: tuple[Shape, ...]
+    like: Any = None  # an array on a GPU, in whose kind results are given; None: NumPy's
 
 
 def forward(
     cell: str,
-    x: np.ndarray,
-    params: Mapping[str, np.ndarray],
-    state: Sequence[np.ndarray] | None = None,
+    x: Any,
+    params: Mapping[str, Any],
+    state: Sequence[Any] | None = None,
     *,
     lengths: Any = None,
     reset: Any = None,
@@ -57,7 +57,9 @@ def forward(
 ) -> tuple[np.ndarray, State, Tape | None]:
     """Run one layer in one direction over a batch of sequences.
 
-    The formulas are those of `fastrnn.RNN`, `fastrnn.LSTM` and `fastrnn.GRU`.
+    The formulas are those of `fastrnn.RNN`, `fastrnn.LSTM` and `fastrnn.GRU`. Arrays are NumPy's; or x, params and
+    state are all on one NVIDIA GPU, tensors of PyTorch, or arrays of CuPy, JAX or Numba: then the work is done there,
+    on their library's current stream, and results are of the same kind. Nothing waits for it.
 
     Parameters
     ----------
@@ -82,7 +84,7 @@ def forward(
         Keep no activations but the output and a state now and then, and let `backward` run the forward pass again,
         piece by piece: the same gradients, to the last bit, for less memory and more time. Only with `training`.
     backend : str, optional
-        "cpu" (the default) or "reference".
+        "cpu" (the default), "reference" or "cuda"; see `fastrnn.backend.check`. Arrays on a GPU take "cuda".
     output : numpy.ndarray, optional
         (T, B, at least column + W), C-contiguous; of it ``[..., column : column + W]`` is written (is modified).
         So both directions of a layer, or several layers, share one buffer. By default a new (T, B, W).
@@ -104,7 +106,10 @@ def forward(
     ValueError
         If a shape or a value is wrong.
     MemoryError
-        If the result cannot fit into this machine's memory. All of them before anything is computed or written.
+        If the result cannot fit into this machine's memory.
+    ImportError, RuntimeError
+        If a GPU is asked for, and a package, the driver or the GPU is missing: the message says which, and how to get
+        it. All of them before anything is computed or written.
 
     Examples
     --------
@@ -116,6 +121,9 @@ def forward(
            [3., 3., 3., 3.]])
     """
     check_cell(cell)
+    like = x if type(x) is not np.ndarray and backends.is_on_gpu(x) else None
+    if like is not None:
+        backend, x, params, state = _take_from_gpu(backend, x, params, state, output)
     backend = backends.check(backend)
     x = check_array("x", x, DTYPES, (None, None, None), "(T, B, I)")
     T, B, I = x.shape
@@ -123,6 +131,8 @@ def forward(
     params, H, P = _check_params(cell, params, I, dtype)
     W = P or H
     sizes = (W, H) if cell == "lstm" else (W,)
+    if like is not None and state is None:
+        state = backends.load(backend).zeros(x, [(B, size) for size in sizes])
     state = _check_state(state, B, sizes, dtype)
     lengths = check_lengths(lengths, T, B)
     reset = check_reset(reset, (T, B), "(T, B)")
@@ -136,7 +146,9 @@ def forward(
         raise ValueError(f"column is {column} without an output, expected 0")
     items = 0 if output is not None else T * B * W
     items += T * B * (GATES[cell] + len(sizes)) * H if training and not recompute else 0
-    check_memory(items * dtype.itemsize + copied_bytes(x), f"{cell} forward with T = {T}, B = {B}, I = {I} and H = {H}")
+    if like is None:
+        what = f"{cell} forward with T = {T}, B = {B}, I = {I} and H = {H}"
+        check_memory(items * dtype.itemsize + copied_bytes(x), what)
     x = contiguous(x)
     if output is not None:
         _check_overlap(output, {"x": x, "state": state, **params})
@@ -154,9 +166,11 @@ def forward(
         output=output,
         column=column,
     )
+    if like is not None:
+        result, *last = kernels.give([result, *last], like)
     if not training:
-        return result, last, None
-    return result, last, Tape(kernels, tape, dtype, (T, B, W), tuple((B, size) for size in sizes))
+        return result, tuple(last), None
+    return result, tuple(last), Tape(kernels, tape, dtype, (T, B, W), tuple((B, size) for size in sizes), like)
 
 
 def backward(
@@ -203,6 +217,8 @@ def backward(
     """
     if not isinstance(tape, Tape):
         raise TypeError(f"tape is {_a(tape)}, expected what forward(..., training=True) returned")
+    if tape.like is not None:
+        d_output, d_state = _take_gradients_from_gpu(tape, d_output, d_state)
     if d_output is not None:
         d_output = contiguous(check_array("d_output", d_output, (tape.dtype,), tape.output_shape, "(T, B, W)"))
     if d_state is not None:
@@ -214,7 +230,37 @@ def backward(
             for i, (value, shape) in enumerate(zip(d_state, tape.state_shapes, strict=True))
         )
     check_any_gradient(d_output, d_state)
-    return tape.backend.backward(tape.tape, d_output, d_state)
+    dx, dparams, dstate = tape.backend.backward(tape.tape, d_output, d_state)
+    if tape.like is not None:
+        dx, *dstate = tape.backend.give([dx, *dstate], tape.like)
+        dparams = dict(zip(dparams, tape.backend.give(list(dparams.values()), tape.like), strict=True))
+    return dx, dparams, tuple(dstate)
+
+
+def _take_from_gpu(backend: Any, x: Any, params: Any, state: Any, output: Any) -> tuple[str, Any, Any, Any]:
+    """Return the backend's name, and x, params and state as buffers that share the arrays' memory."""
+    name = "cuda" if backend is None else backends.check(backend)
+    if not name.startswith("cuda"):
+        raise ValueError(f"backend is {name!r} and x is on a GPU, expected 'cuda'")
+    if output is not None:
+        raise TypeError("output is given and x is on a GPU, expected None: results are new arrays there")
+    kernels = backends.load(name)
+    x = kernels.take("x", x)
+    if isinstance(params, Mapping):
+        params = {key: kernels.take(f"params[{key!r}]", value, x) for key, value in params.items()}
+    if isinstance(state, (tuple, list)):
+        state = tuple(kernels.take(f"state[{i}]", value, x) for i, value in enumerate(state))
+    return name, x, params, state
+
+
+def _take_gradients_from_gpu(tape: Tape, d_output: Any, d_state: Any) -> tuple[Any, Any]:
+    """Return them as buffers."""
+    take = tape.backend.take
+    if d_output is not None:
+        d_output = take("d_output", d_output)
+    if isinstance(d_state, (tuple, list)):
+        d_state = tuple(None if part is None else take(f"d_state[{i}]", part) for i, part in enumerate(d_state))
+    return d_output, d_state
 
 
 # The checks, which the layers share.
@@ -231,7 +277,7 @@ def check_array(
 
     `letters` tells what the shape means, for the message.
     """
-    if type(value) is not np.ndarray:  # the first test that the usual argument passes
+    if type(value) is not np.ndarray and not getattr(value, "is_buffer", False):  # what the usual argument is
         if not isinstance(value, np.ndarray):
             raise TypeError(f"{name} is {_a(value)}, expected a NumPy array of {_or(dtypes)} and shape {letters}")
         if isinstance(value, np.ma.MaskedArray):
@@ -255,8 +301,11 @@ def _fits(given: Shape, shape: tuple[int | None, ...]) -> bool:
 
 def contiguous(array: np.ndarray) -> np.ndarray:
     """Return the array as a backend takes it, a copy only where it has to be: contiguous, aligned, native, plain."""
-    flags = array.flags
-    if type(array) is np.ndarray and flags.c_contiguous and flags.aligned and array.dtype.isnative:
+    if type(array) is np.ndarray:
+        flags = array.flags
+        if flags.c_contiguous and flags.aligned and array.dtype.isnative:
+            return array
+    elif getattr(array, "is_buffer", False):  # on a GPU
         return array
     return np.require(np.asarray(array), array.dtype.newbyteorder("="), ("C", "A"))
 

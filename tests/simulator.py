@@ -216,7 +216,9 @@ class Ops:
         self.grid = grid
         self.cuda = grid
         grid.shared = types.SimpleNamespace(array=grid.shared_array)
-        grid.local = types.SimpleNamespace(array=lambda size, dtype: np.full(size, np.nan, np.dtype(dtype)))
+        grid.local = types.SimpleNamespace(
+            array=lambda size, dtype: np.frombuffer(b"\xab" * size * np.dtype(dtype).itemsize, dtype).copy()
+        )
 
     @staticmethod
     def device(function):
@@ -237,7 +239,6 @@ class Ops:
     @staticmethod
     def at(pointer, n):
         return Pointer(pointer.array, pointer.start + int(n))
-
 
     # ---- words
 

@@ -26,7 +26,9 @@ class Names:
 class Driver:
     """cuda.bindings.driver with the computer's own memory for a GPU's: it notes calls, and copies and fills at once."""
 
-    CUdevice_attribute = CUfunction_attribute = CUpointer_attribute = CUmemPool_attribute = Names()
+    CUdevice_attribute = CUfunction_attribute = CUpointer_attribute = CUmemPool_attribute = CUstreamCaptureMode = (
+        Names()
+    )
     CUresult = types.SimpleNamespace(CUDA_ERROR_NO_DEVICE=100)
     cuuint64_t = int
 
@@ -128,6 +130,15 @@ class Driver:
     def _cuEventCreate(self, flags):
         return "event"
 
+    def _cuStreamCreate(self, flags):
+        return 77
+
+    def _cuStreamEndCapture(self, stream):
+        return "recorded"
+
+    def _cuGraphInstantiate(self, graph, flags):
+        return ("graph", graph)
+
     def _cuLaunchKernel(self, function, *rest):
         self.arguments = values(rest[-2])
 
@@ -212,9 +223,13 @@ def test_filling_copying_and_parts(gpu, driver):
     gpu.copy(other, buffer)
     np.testing.assert_array_equal(gpu.download(other), numbers.ravel())
     assert buffer.at(9).shape == (3,)
-    with pytest.raises(ValueError, match="a buffer of 12 bytes does not fill one of 48"):
-        gpu.copy(other, buffer.at(9))
-    assert len(driver.named("cuStreamSynchronize")) == 2  # of the two downloads alone
+    gpu.copy(other.at(3), buffer.at(9))
+    np.testing.assert_array_equal(
+        gpu.download(other), np.concatenate([numbers.ravel()[:3], numbers[3], numbers.ravel()[6:]])
+    )
+    with pytest.raises(ValueError, match="a buffer of 48 bytes does not fit into one of 12"):
+        gpu.copy(buffer.at(9), other)
+    assert len(driver.named("cuStreamSynchronize")) == 3  # of the downloads alone
 
 
 def test_memory_goes_back_with_the_last_buffer_that_uses_it(gpu, driver):
@@ -435,7 +450,8 @@ def test_the_real_driver_takes_arguments_of_these_types():
     shared = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     ordinal = driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
     threshold = driver.CUmemPool_attribute.CU_MEMPOOL_ATTR_RELEASE_THRESHOLD
-    pool, gpu = driver.CUmemoryPool(3), driver.CUdevice(0)
+    pool, gpu, stream = driver.CUmemoryPool(3), driver.CUdevice(0), driver.CUstream(9)
+    graph, executable = driver.CUgraph(8), driver.CUgraphExec(6)
     calls = [("cuDeviceGetAttribute", getattr(driver.CUdevice_attribute, name), gpu) for name in Driver().attributes]
     calls += [
         ("cuLaunchKernel", function, 1, 1, 1, 256, 1, 1, 0, LEGACY, address, 0),
@@ -449,6 +465,14 @@ def test_the_real_driver_takes_arguments_of_these_types():
         ("cuMemcpyHtoDAsync", 256, address, 32, LEGACY),
         ("cuMemcpyDtoHAsync", address, 256, 32, LEGACY),
         ("cuMemcpyDtoDAsync", 256, 512, 32, LEGACY),
+        ("cuStreamCreate", 1),
+        ("cuStreamBeginCapture", stream, driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED),
+        ("cuStreamEndCapture", stream),
+        ("cuStreamDestroy", stream),
+        ("cuGraphInstantiate", graph, 0),
+        ("cuGraphDestroy", graph),
+        ("cuGraphLaunch", executable, LEGACY),
+        ("cuGraphExecDestroy", executable),
         ("cuStreamSynchronize", LEGACY),
         ("cuStreamWaitEvent", LEGACY, event, 0),
         ("cuEventCreate", 2),
@@ -472,7 +496,7 @@ def test_the_real_driver_takes_arguments_of_these_types():
     for name, *arguments in calls:
         with pytest.raises(missing):
             getattr(driver, name)(*arguments)
-    used = set(re.findall(r"\bcu[A-Z]\w+", Path(device.__file__).read_text()))
+    used = set(re.findall(r"\bcu[A-Z][a-z]\w+", Path(device.__file__).read_text()))
     assert used - {name for name, *_ in calls} == {"cuInit"}
 
 
@@ -746,3 +770,40 @@ def test_a_buffer_without_elements(gpu):
     assert (empty.pointer, empty.nbytes) == (0, 0)
     gpu.fill(empty, 1)
     gpu.copy(empty, empty)
+
+
+# ---- graphs
+
+
+def recorder(gpu, log):
+    def record():
+        log.append(gpu.stream())
+        gpu.fill(gpu.empty(4, "float32"), 0)
+
+    return record
+
+
+def test_a_graph_is_recorded_at_the_second_call_and_launched_from_then_on(gpu, driver):
+    log = []
+    for _ in range(4):
+        gpu.graph("key", recorder(gpu, log))
+    assert log == [LEGACY, 77]  # once as it is, once recorded
+    assert len(driver.named("cuStreamBeginCapture")) == 1
+    assert driver.named("cuGraphLaunch") == [("cuGraphLaunch", ("graph", "recorded"), LEGACY)] * 3
+    assert gpu.stream() == LEGACY
+
+
+def test_what_cannot_be_recorded_is_launched_each_time(gpu, driver):
+    driver.fails["cuStreamEndCapture"] = 900
+    log = []
+    for _ in range(4):
+        gpu.graph("key", recorder(gpu, log))
+    assert log == [LEGACY, 77, LEGACY, LEGACY, LEGACY]
+    assert driver.named("cuGraphLaunch") == []
+
+
+def test_few_graphs_are_kept(gpu, driver):
+    for key in range(device.GRAPHS + 2):
+        for _ in range(2):
+            gpu.graph(key, recorder(gpu, []))
+    assert len(driver.named("cuGraphExecDestroy")) == 2

@@ -55,7 +55,7 @@ def check(error, message, call, *arguments, **options):
         (ValueError, "seed is -1, expected an integer of 0 or more", {"seed": -1}),
         (ValueError, "backend is 'gpu', expected one of 'cpu', 'reference', 'cuda'", {"backend": "gpu"}),
         (TypeError, "backend is a int, expected one of 'cpu', 'reference', 'cuda'", {"backend": 3}),
-        (NotImplementedError, "backend 'cuda' is not part of this version of fastrnn: use 'cpu'", {"backend": "cuda"}),
+        (ValueError, "backend is 'cuda-fast', expected 'cuda', and behind it at most a mode", {"backend": "cuda-fast"}),
         (ValueError, "recurrent_init is 'xavier', expected 'uniform' or 'orthogonal'", {"recurrent_init": "xavier"}),
     ],
 )
@@ -356,7 +356,7 @@ CELLS = "'rnn_tanh', 'rnn_relu', 'rnn_sigmoid', 'lstm', 'gru' or 'gru_reset_befo
         (ValueError, f"cell is 'GRU', expected one of {CELLS}", {"cell": "GRU"}),
         (ValueError, "backend is 'numpy', expected one of 'cpu', 'reference', 'cuda'", {"backend": "numpy"}),
         (TypeError, "backend is a list, expected one of 'cpu', 'reference', 'cuda'", {"backend": []}),
-        (NotImplementedError, "backend 'cuda' is not part of this version", {"backend": "cuda"}),
+        (ValueError, "backend is 'cpu-tf32', expected one of 'cpu', 'reference', 'cuda'", {"backend": "cpu-tf32"}),
         (TypeError, "x is a list, expected a NumPy array of float32 or float64 and shape (T, B, I)", {"x": [0]}),
         (TypeError, "x has dtype int8, expected float32 or float64: cast it", {"x": zeros(T, B, I, dtype=np.int8)}),
         (ValueError, "x has shape (5, 4), expected (T, B, I) = (any, any, any)", {"x": zeros(T, I)}),
@@ -490,7 +490,8 @@ def test_functional_backward_without_a_tape():
 def test_backend_names():
     check(ValueError, "backend is 'tpu', expected one of 'cpu', 'reference', 'cuda'", backend.load, "tpu")
     check(TypeError, "backend is a dict, expected one of 'cpu', 'reference', 'cuda'", backend.load, {})
-    check(NotImplementedError, "backend 'cuda' is not part of this version", backend.load, "cuda")
+    check(ValueError, "backend is 'cuda-tf32-float16', expected 'cuda', and behind", backend.load, "cuda-tf32-float16")
+    check(ValueError, "backend is 'cuda-', expected 'cuda', and behind it at most a mode", backend.load, "cuda-")
 
 
 @pytest.mark.parametrize(

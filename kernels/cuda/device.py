@@ -17,16 +17,20 @@ import math
 import os
 import sys
 import threading
-from contextlib import suppress
+from collections import OrderedDict
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from fastrnn.kernels.cuda import libraries
 from fastrnn.kernels.cuda.compiled import HINT, compile_kernel
 from fastrnn.kernels.cuda.text import Kernel
 
 LEGACY, PER_THREAD = 1, 2  # the driver's handles of the two default streams
 ON_GPU = (2, 13)  # DLPack's numbers of CUDA's memory: of a device, managed
+
+GRAPHS = 16  # that a device keeps
 
 _devices: dict[tuple[str | None, int], Device] = {}
 _lock = threading.RLock()
@@ -36,6 +40,7 @@ class Buffer:
     """An array on a GPU: flat, C-contiguous, from `pointer` on. It keeps alive what owns the memory."""
 
     __slots__ = ("device", "dtype", "owner", "pointer", "shape")
+    is_buffer = True  # which no array of NumPy says
 
     def __init__(self, device: Device, pointer: int, shape, dtype, owner=None):
         self.device, self.pointer, self.owner = device, pointer, owner
@@ -124,7 +129,9 @@ class Device:
         major, minor = (self._attribute(f"COMPUTE_CAPABILITY_{which}") for which in ("MAJOR", "MINOR"))
         self.capability = (major, minor)
         self.shared_memory = self._attribute("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN")  # bytes that a block can have
-        self.stream = _stream(library, ordinal)
+        self._callers_stream = _stream(library, ordinal)
+        self._recording = threading.local()
+        self._graphs: OrderedDict[Any, Any] = OrderedDict()
         self._empty = _allocator(library, ordinal) or self._from_pool
         if self._empty == self._from_pool:
             self._keep_pool()
@@ -163,11 +170,11 @@ class Device:
             self.call("cuMemsetD8Async", buffer.pointer, byte, buffer.nbytes, self.stream())
 
     def copy(self, target: Buffer, source: Buffer) -> None:
-        """Copy from buffer to buffer, of as many bytes."""
-        if target.nbytes != source.nbytes:
-            raise ValueError(f"a buffer of {source.nbytes} bytes does not fill one of {target.nbytes}")
-        if target.nbytes:
-            self.call("cuMemcpyDtoDAsync", target.pointer, source.pointer, target.nbytes, self.stream())
+        """Copy all of `source` to where `target` begins."""
+        if target.nbytes < source.nbytes:
+            raise ValueError(f"a buffer of {source.nbytes} bytes does not fit into one of {target.nbytes}")
+        if source.nbytes:
+            self.call("cuMemcpyDtoDAsync", target.pointer, source.pointer, source.nbytes, self.stream())
 
     def upload(self, array: np.ndarray) -> Buffer:
         """A buffer with this array's numbers."""
@@ -187,6 +194,13 @@ class Device:
         return array
 
     # ---- kernels
+
+    @functools.cached_property
+    def status(self) -> Buffer:
+        """A number that is 0 until a kernel gives up waiting."""
+        status = self.empty((1,), np.int32)
+        self.fill(status, 0)
+        return status
 
     def launch(self, kernel: Kernel, grid, arguments, *, shared: int = 0, cooperative: bool = False) -> None:
         """Run a kernel. `arguments` are buffers, None for a null pointer, and integers, as kernel.arguments says."""
@@ -219,7 +233,69 @@ class Device:
                 self._loaded[kernel] = Loaded(module, function, len(kernel.arguments))
             return self._loaded[kernel]
 
+    # ---- libraries, and many launches as one
+
+    def library_product(self, a, b, c, add: bool, mode: str = "float32") -> bool:
+        """Make a product with the caller's library or cuBLAS; False if there is none. See `libraries.product`."""
+        if not self.has_library:
+            return False
+        with self._current():
+            return libraries.product(self._libraries, int(self.stream()), a, b, c, add, mode)
+
+    @functools.cached_property
+    def _libraries(self):
+        with self._current():
+            return libraries.library_for(self)
+
+    @property
+    def has_library(self) -> bool:
+        """Whether products can be a library's."""
+        return self._libraries is not None
+
+    def graph(self, key, record) -> None:
+        """Do what record() launches: at the second call with a key as a graph, which later calls launch as a whole.
+
+        `key` tells all that the launches depend on, the addresses of buffers too. Few graphs are kept.
+        """
+        with _lock:
+            known, graph = key in self._graphs, self._graphs.pop(key, None)
+            if known and graph is None:
+                graph = self._record(record)
+            self._graphs[key] = graph
+            while len(self._graphs) > GRAPHS:
+                _, old = self._graphs.popitem(last=False)
+                if old:
+                    self.call("cuGraphExecDestroy", old)
+            if graph:
+                self.call("cuGraphLaunch", graph, self.stream())
+        if not graph:
+            record()
+
+    def _record(self, record):
+        """A graph of what record() launches on a stream of its own; False if something in it can't be recorded."""
+        stream = self.call("cuStreamCreate", 1)  # 1: it does not wait for the default stream, nor the other way round
+        graph = None
+        try:
+            self.call("cuStreamBeginCapture", stream, self._driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED)
+            self._recording.stream = stream
+            try:
+                record()
+            finally:
+                self._recording.stream = None
+                graph = self.call("cuStreamEndCapture", stream)
+            return self.call("cuGraphInstantiate", graph, 0)
+        except RuntimeError:
+            return False
+        finally:
+            if graph is not None:
+                self.call("cuGraphDestroy", graph)
+            self.call("cuStreamDestroy", stream)
+
     # ---- order
+
+    def stream(self):
+        """The stream that all work goes to: the caller's, or the one that is recorded."""
+        return getattr(self._recording, "stream", None) or self._callers_stream()
 
     def follow(self, stream: int) -> None:
         """Let what comes next wait for what `stream` has got so far."""
@@ -240,12 +316,18 @@ class Device:
 
     def call(self, name: str, *arguments):
         """Call a function of the driver's API in this device's context, and leave the caller's as it was."""
-        function = getattr(self._driver, name)
+        with self._current():
+            return self._check(getattr(self._driver, name)(*arguments), name)
+
+    @contextmanager
+    def _current(self):
+        """Within it, this device's context is the thread's."""
         if int(self._check(self._driver.cuCtxGetCurrent())) == self._context_handle:
-            return self._check(function(*arguments), name)
+            yield
+            return
         self._check(self._driver.cuCtxPushCurrent(self._context))
         try:
-            return self._check(function(*arguments), name)
+            yield
         finally:
             self._driver.cuCtxPopCurrent()
 

@@ -60,6 +60,15 @@ def backward_shared(shape, tiles):
     return 2 * 4 * shape.warps * tiles * shape.tile * shape.units
 
 
+def forward_kept(shape):
+    """Words of weights in a thread."""
+    return 8 * forward_vector(shape).groups * _row_tiles(shape)
+
+
+def backward_kept(shape):
+    return 4 * backward_vector(shape).groups * (shape.units // 8)
+
+
 def _row_tiles(shape):
     """Tiles of 16 rows of weights: a block's units for one gate after the other."""
     return -(-len(STAGES[shape.stage].h_blocks) * shape.units // 16)
@@ -75,6 +84,46 @@ def _flags(ops):
         return given & RESET != 0 and reset[at] != 0
 
     return ops.device(is_active), ops.device(is_reset)
+
+
+def forward(
+    device, plan, cell, size, sums, weights, bias, initial, final, output, row, column, states, *, lengths=None,
+    reset=None, tape=None, reverse=0,
+):  # fmt: skip
+    """Launch the walk forward, of all directions. Is modified: output, states, final, tape.
+
+    `plan` is of :mod:`fastrnn.kernels.cuda.plan`, the other buffers as :func:`fastrnn.kernels.cuda.simple.forward` has
+    them; but weights are not transposed.
+    """
+    layout, T, B, D = plan.forward, size.T, size.B, size.D
+    shape = layout.shape._replace(tape=layout.shape.tape if tape is not None else 0)
+    exchange = device.empty((D, T + 1, B, forward_vector(shape).words), "uint32")
+    device.fill(exchange, 0xFF)
+    c, c_n = (initial[1], final[1]) if len(initial) > 1 else (None, None)
+    given = LENGTHS * (lengths is not None) + RESET * (reset is not None)
+    arguments = [weights[0], bias, sums, initial[0], c, lengths, reset, exchange, output, states, tape, final[0], c_n]
+    arguments += [device.status, T, B, layout.tiles, given, reverse, row, column]
+    shared = forward_shared(shape, layout.tiles)
+    device.launch(forward_kernel(shape), layout.grid(D), arguments, shared=shared, cooperative=True)
+
+
+def backward(
+    device, plan, cell, size, weights, d_output, d_final, c0, states, tape, d, d_initial, *, lengths=None, reset=None,
+    reverse=0,
+):  # fmt: skip
+    """Launch the walk back, of all directions. Is modified: d and d_initial."""
+    layout, T, B, D = plan.backward, size.T, size.B, size.D
+    shape = layout.shape
+    exchange = device.empty((D, T, B, backward_vector(shape).words), "uint32")
+    device.fill(exchange, 0xFF)
+    d_h, d_c, *_ = (*(d_final or ()), None, None)
+    given = LENGTHS * (lengths is not None) + RESET * (reset is not None) + D_OUTPUT * (d_output is not None)
+    given += D_H * (d_h is not None) + D_C * (d_c is not None)
+    dc0 = d_initial[1] if len(d_initial) > 1 else None
+    arguments = [weights[0], lengths, reset, exchange, d_output, d_h, d_c, states, tape, c0, d, d_initial[0], dc0]
+    arguments += [device.status, T, B, layout.tiles, given, reverse, D]
+    shared = backward_shared(shape, layout.tiles)
+    device.launch(backward_kernel(shape), layout.grid(D), arguments, shared=shared, cooperative=True)
 
 
 # ---- forward
