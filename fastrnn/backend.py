@@ -46,11 +46,11 @@ def check(name: str | None) -> str:
     base, *options = name.split("-")
     if base not in NAMES or (base != "cuda" and options):
         raise ValueError(f"backend is {name!r}, expected one of {_names()}")
-    for known in (MODES, WAYS):
+    for known in MODES, WAYS:
         options = [option for option in options if option not in known] + [o for o in options if o in known][1:]
     if options:
-        known = ", ".join(f"'-{option}'" for option in (*MODES, *WAYS))
-        raise ValueError(f"backend is {name!r}, expected 'cuda', and behind it at most a mode and a way: {known}")
+        every = ", ".join(f"'-{option}'" for option in (*MODES, *WAYS))
+        raise ValueError(f"backend is {name!r}, expected 'cuda', and behind it at most a mode and a way: {every}")
     return name
 
 

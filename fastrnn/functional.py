@@ -290,6 +290,11 @@ def check_array(
     return value
 
 
+def is_array(value: Any) -> bool:
+    """Whether `value` is a NumPy array, or the buffer of an array on a GPU."""
+    return isinstance(value, np.ndarray) or getattr(value, "is_buffer", False)
+
+
 def _fits(given: Shape, shape: tuple[int | None, ...]) -> bool:
     if len(given) != len(shape):
         return False

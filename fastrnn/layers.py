@@ -54,6 +54,8 @@ class Tape:
     T: int
     B: int
     batched: bool
+    stack: Any = None  # where the backend runs all layers at once, what it keeps of them; `tapes` is its tape then
+    like: Any = None  # an array on a GPU, in whose kind gradients are given
 
 
 class LoadedKeys(NamedTuple):
@@ -141,16 +143,17 @@ class Recurrent:
         self._parameters = Parameters(parameters)
         self._parts = self._spec.split(self._parameters)
         self._prepared: list[Any] | None = None
+        self._stack: Any = None
         # A stream of its own: how many numbers the initial parameters took does not change the masks.
         self._random = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(1,)))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_parts", "_prepared")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_parts", "_prepared", "_stack")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._parts = self._spec.split(self._parameters)
-        self._prepared = None
+        self._prepared = self._stack = None
 
     def _prepare(self) -> list[Any]:
         """Return each layer's directions in the backend's hands, which may keep what it makes of the parameters."""
@@ -167,7 +170,8 @@ class Recurrent:
         ----------
         x : numpy.ndarray
             (T, B, input_size); (B, T, input_size) with batch_first; (T, input_size) for one sequence without a batch.
-            Of the layer's dtype, with any strides; never written.
+            Of the layer's dtype, with any strides; never written. With a backend "cuda", it may also be an array on a
+            GPU, of PyTorch, CuPy, JAX or Numba, C-contiguous: `state` is then there, too, and so are the results.
         state : numpy.ndarray or tuple, optional
             The initial h, or (h, c) for the LSTM, zeros by default: each (num_layers · D, B, size), without B if x is
             without. D is 2 for a bidirectional layer, else 1; index layer · D + direction.
@@ -271,7 +275,8 @@ class Recurrent:
         Returns
         -------
         Gradients
-            ``.x``, ``.state`` and ``.params``. New arrays at every call: nothing accumulates.
+            ``.x``, ``.state`` and ``.params``. New arrays at every call: nothing accumulates. Where x was on a GPU, the
+            gradients of x and of the state are there, and those of the parameters are NumPy arrays as these are.
 
         Raises
         ------
@@ -295,9 +300,13 @@ class Recurrent:
         if tape.layer._parameters is not self._parameters:
             raise ValueError(f"tape is of another layer, {tape.layer!r}, expected one of this {self!r}")
         spec, D, W = self._spec, self._spec.directions, self._spec.output_size
+        if tape.like is not None:
+            d_output, d_state = self._take_gradients_from_gpu(tape, d_output, d_state)
         d_h = self._check_state("d_state", d_state, tape.B, tape.batched, optional=True)
         functional.check_any_gradient(d_output, d_h)
         gradient: Any = None if d_output is None else self._check_d_output(d_output, tape)
+        if tape.stack is not None:
+            return self._backward_stack(tape, gradient, d_h)
 
         parts: list[Params] = [{}] * (spec.num_layers * D)
         d_initial: list[Any] = [None] * (spec.num_layers * D)
@@ -402,23 +411,34 @@ class Recurrent:
         self, x: Array, state: LayerState, lengths: Any, reset: Any, training: bool, recompute: bool = False
     ) -> tuple[Array, LayerState, Any]:
         spec, D, W = self._spec, self._spec.directions, self._spec.output_size
-        batched = not (isinstance(x, Array) and x.ndim == 2)
+        like = x if type(x) is not Array and backends.is_on_gpu(x) else None
+        if like is not None:
+            x, state = self._take_from_gpu(x, state)
+        batched = not (functional.is_array(x) and x.ndim == 2)
         batch_first = self._batch_first and batched
         letters = ("(B, T, input_size)" if batch_first else "(T, B, input_size)") if batched else "(T, input_size)"
         shape = (None, None, spec.input_size) if batched else (None, spec.input_size)
         x = functional.check_array("x", x, (self._dtype,), shape, letters)
         if not batched:
-            x = x[:, None]
+            x = x.reshape(x.shape[0], 1, x.shape[1])
         elif batch_first:
             x = x.swapaxes(0, 1)
         T, B = x.shape[:2]
-        states = self._check_state("state", state, B, batched)
+        if like is not None and state is None:
+            sizes = [(len(self._parts), B, size) for size in spec.state_sizes]
+            states = tuple(backends.load(self._backend).zeros(x, sizes))
+        else:
+            states = self._check_state("state", state, B, batched)
         lengths = functional.check_lengths(lengths, T, B if batched else None)
         reset = self._check_reset(reset, T, B, batched)
         recompute = functional.check_recompute(recompute, training)
-        self._check_run(x, training, recompute)
+        if like is None:
+            self._check_run(x, training, recompute)
 
         x = functional.contiguous(x)
+        if hasattr(backends.load(self._backend), "prepare_stack"):
+            options = {"lengths": lengths, "reset": reset, "training": training, "recompute": recompute}
+            return self._run_stack(x, states, batched, like, **options)
         kernels, prepared = backends.load(self._backend), self._prepared or self._prepare()
         tapes, masks, last = [], [], []
         for layer in range(spec.num_layers):
@@ -446,6 +466,62 @@ class Recurrent:
         tape = Tape(self, kernels, tapes, masks, T, B, batched) if training else None
         return self._give(x, batched), self._join(last, batched), tape
 
+    def _run_stack(
+        self, x: Any, states: tuple[Any, ...], batched: bool, like: Any, *, training: bool, **options: Any
+    ) -> tuple[Any, LayerState, Any]:
+        """Run with a backend that runs all layers at once."""
+        spec, kernels = self._spec, backends.load(self._backend)
+        if self._stack is None:
+            self._stack = kernels.prepare_stack(spec.cell, self._parts, spec.directions)
+        T, B, _ = x.shape
+        masks = []
+        if training and self._dropout:
+            between = T, B, spec.directions * spec.output_size
+            masks = [self._mask(between) for _ in range(1, spec.num_layers)]
+        output, last, stack_tape = self._stack.forward(x, states, masks=masks, training=training, **options)
+        output, last = self._give(output, batched), [self._give_state(part, batched) for part in last]
+        if like is not None:
+            output, *last = kernels.give([output, *last], like)
+        tape = Tape(self, kernels, stack_tape, [], T, B, batched, self._stack, like) if training else None
+        return output, tuple(last) if len(last) == 2 else last[0], tape
+
+    def _backward_stack(self, tape: Tape, d_output: Any, d_h: tuple[Any, ...]) -> Gradients:
+        """Go back with a backend that runs all layers at once."""
+        dx, parts, d_initial = tape.stack.backward(tape.tapes, d_output, d_h)
+        params = self._spec.join(parts)
+        dx, d_state = self._give(dx, tape.batched), [self._give_state(part, tape.batched) for part in d_initial]
+        if tape.like is not None:
+            dx, *d_state = tape.backend.give([dx, *d_state], tape.like)
+            params = tape.backend.to_numpy(params)  # as the parameters are
+        return Gradients(dx, tuple(d_state) if len(d_state) == 2 else d_state[0], params)
+
+    def _take_from_gpu(self, x: Any, state: Any) -> tuple[Any, Any]:
+        """Return x and the state as buffers that share the arrays' memory."""
+        kernels = backends.load(self._backend)
+        if not hasattr(kernels, "take"):
+            wanted = "a NumPy array, or a layer with backend='cuda'"
+            raise TypeError(f"x is a {type(x).__name__} on a GPU and backend is {self._backend!r}, expected {wanted}")
+        x = kernels.take("x", x)
+        if isinstance(state, (tuple, list)):
+            return x, tuple(
+                None if part is None else kernels.take(f"state[{i}]", part, x) for i, part in enumerate(state)
+            )
+        return x, None if state is None else kernels.take("state", state, x)
+
+    def _take_gradients_from_gpu(self, tape: Tape, d_output: Any, d_state: Any) -> tuple[Any, Any]:
+        """Return them as buffers."""
+        take = tape.backend.take
+        if d_output is not None:
+            d_output = take("d_output", d_output)
+        if isinstance(d_state, (tuple, list)):
+            return d_output, tuple(None if d is None else take(f"d_state[{i}]", d) for i, d in enumerate(d_state))
+        return d_output, None if d_state is None else take("d_state", d_state)
+
+    @staticmethod
+    def _give_state(array: Any, batched: bool) -> Any:
+        """Return (layers · D, B, size) as the caller has it."""
+        return array if batched else array.reshape(array.shape[0], array.shape[2])
+
     def _mask(self, shape: tuple[int, ...]) -> Array:
         """Draw what dropout multiplies by: 0, or what keeps the mean."""
         kept = self._random.random(shape, np.float32) >= self._dropout
@@ -454,7 +530,7 @@ class Recurrent:
     def _give(self, array: Array, batched: bool) -> Array:
         """Return (T, B, ...) in the layout that the caller uses."""
         if not batched:
-            return array[:, 0]
+            return array.reshape(array.shape[0], array.shape[2])
         return array.swapaxes(0, 1) if self._batch_first else array
 
     def _join(self, parts: list[Any], batched: bool) -> LayerState:
@@ -490,7 +566,7 @@ class Recurrent:
                 label = f"{name}[{i}]" if len(sizes) == 2 else name
                 functional.check_array(label, array, (dtype,), shape, letters)
             array = functional.contiguous(array)
-            arrays.append(array if batched else array[:, None])
+            arrays.append(array if batched else array.reshape(K, 1, size))
         return tuple(arrays)
 
     def _check_reset(self, reset: Any, T: int, B: int, batched: bool) -> Array | None:
@@ -515,7 +591,7 @@ class Recurrent:
             shape, letters = (tape.T, tape.B, width), "(T, B, size)"
         array = functional.check_array("d_output", d_output, (self._dtype,), shape, letters)
         if not tape.batched:
-            array = array[:, None]
+            array = array.reshape(tape.T, 1, width)
         elif self._batch_first:
             array = array.swapaxes(0, 1)
         return functional.contiguous(array)

@@ -1,15 +1,18 @@
 """A device whose memory is NumPy's and whose kernels run in the simulator."""
 
+import math
+
 import numpy as np
 
 import simulator
+from fastrnn.kernels.cuda import products
 
 
 class Buffer:
     """An array, or what of it follows some element, as kernels see it: flat."""
 
-    def __init__(self, flat, shape):
-        self.flat, self.shape = flat, shape
+    def __init__(self, flat, shape, device=None):
+        self.flat, self.shape, self.device = flat, shape, device
 
     is_buffer = True
     dtype = property(lambda self: self.flat.dtype)
@@ -17,9 +20,20 @@ class Buffer:
     nbytes = property(lambda self: self.flat.nbytes)
     pointer = property(lambda self: self.flat.ctypes.data)
 
+    ndim = property(lambda self: len(self.shape))
+
+    def reshape(self, *shape):
+        count = math.prod(shape)
+        assert count <= self.size
+        return Buffer(self.flat[:count], shape, self.device)
+
+    def swapaxes(self, first, second):
+        assert (first, second) == (0, 1)
+        return products.swapped(self.device, self)
+
     def at(self, n):
         assert 0 <= n <= self.size
-        return Buffer(self.flat[n:], (self.size - n,))
+        return Buffer(self.flat[n:], (self.size - n,), self.device)
 
 
 class SimulatedDevice:
@@ -45,14 +59,17 @@ class SimulatedDevice:
         array.reshape(-1).view(np.uint8)[:] = 0xAB
         if array.dtype.kind == "f":
             array[...] = np.nan
-        return Buffer(array.reshape(-1), array.shape)
+        return Buffer(array.reshape(-1), array.shape, self)
 
     def fill(self, buffer, byte):
         assert byte in (0, 0xFF)
         buffer.flat.view(np.uint8)[:] = byte
 
     def upload(self, array):
-        return Buffer(np.array(array).reshape(-1), np.shape(array))
+        return Buffer(np.array(array).reshape(-1), np.shape(array), self)
+
+    def to_buffer(self, array):
+        return self.upload(array) if isinstance(array, np.ndarray) else array
 
     def download(self, buffer):
         return buffer.flat.reshape(buffer.shape).copy()

@@ -121,13 +121,89 @@ def test_backward_leaves_the_tape_as_it_was():
     np.testing.assert_array_equal(first[0], second[0])
 
 
-def test_layers_take_the_backend_by_name():
-    options = {"num_layers": 2, "bidirectional": True, "seed": 1}
-    x = np.random.default_rng(0).standard_normal((4, 3, 5)).astype(np.float32)
-    ours, expected = fastrnn.LSTM(5, 6, backend="cuda", **options), fastrnn.LSTM(5, 6, backend="reference", **options)
-    for a, b in zip(ours(x, lengths=[4, 0, 2]), expected(x, lengths=[4, 0, 2]), strict=True):
-        for one, other in zip(np.atleast_1d(a), np.atleast_1d(b), strict=True):
-            np.testing.assert_allclose(one, other, rtol=1e-5, atol=2e-6)
+LAYERS = {
+    "RNN": {"nonlinearity": "relu"},
+    "LSTM": {"num_layers": 2, "bidirectional": True},
+    "LSTM-projected": {"proj_size": 2, "bidirectional": True},
+    "GRU": {"num_layers": 3, "dropout": 0.4, "batch_first": True, "bidirectional": True},
+    "GRU-reset-before": {"reset_after": False, "bias": False},
+}
+
+
+def layers(name, backend, **options):
+    return getattr(fastrnn, name.split("-")[0])(5, 6, seed=1, backend=backend, **{**LAYERS[name], **options})
+
+
+def inputs(layer, *, batched=True, seed=0):
+    """x, state, gradients of output and state."""
+    random = np.random.default_rng(seed)
+    T, B, D, K = 4, 3, 1 + layer.bidirectional, layer.num_layers * (1 + layer.bidirectional)
+    P = getattr(layer, "proj_size", 0) or 6
+    lead = ((B, T) if layer.batch_first else (T, B)) if batched else (T,)
+    middle = (B,) if batched else ()
+    x, d_output = (random.standard_normal((*lead, n)).astype(np.float32) for n in (5, D * P))
+    sizes = (P, 6) if layer.cell == "lstm" else (P,)
+    states = [tuple(random.standard_normal((K, *middle, n)).astype(np.float32) for n in sizes) for _ in range(2)]
+    return x, *(state if len(state) == 2 else state[0] for state in states), d_output
+
+
+def flat(*values):
+    """All arrays in tuples and dicts."""
+    for value in values:
+        if isinstance(value, dict):
+            yield from flat(*value.values())
+        elif isinstance(value, tuple):
+            yield from flat(*value)
+        else:
+            yield value
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("batched", [True, False], ids=["", "unbatched"])
+def test_layers(name, batched):
+    """Stacks, both directions, dropout, batch_first, one sequence without a batch; nothing of a GPU is seen outside."""
+    results = []
+    for kind in ("cuda", "reference"):
+        layer = layers(name, kind)
+        x, state, d_state, d_output = inputs(layer, batched=batched)
+        options = {"lengths": [4, 0, 2], "reset": x[..., 0] > 0.5} if batched else {"lengths": 3}
+        called = layer(x, state, **options)
+        output, last, tape = layer.forward(x, state, **options)
+        made = layer.backward(tape, d_output, d_state)
+        results.append([*flat(called, output, last, made.x, made.state, made.params), *flat(layer.forward(x)[:2])])
+    for ours, expected in zip(*results, strict=True):
+        assert isinstance(ours, np.ndarray)
+        assert ours.shape == expected.shape
+        np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=2e-5)
+
+
+def test_both_directions_are_one_launch(simulated):
+    layer = fastrnn.GRU(5, 6, bidirectional=True, backend="cuda-persistent")
+    x = np.zeros((3, 2, 5), np.float32)
+    simulated.launched.clear()
+    layer(x)
+    assert [kernel.make.__name__ for kernel in simulated.launched].count("make_forward") == 1
+
+
+def test_parameters_go_to_the_gpu_when_they_have_changed(simulated, monkeypatch):
+    layer, x = fastrnn.GRU(5, 6, seed=0, backend="cuda"), np.ones((2, 1, 5), np.float32)
+    before, _ = layer(x)
+    uploads, upload = [], simulated.upload
+    monkeypatch.setattr(simulated, "upload", lambda array: uploads.append(array.shape) or upload(array))
+    np.testing.assert_array_equal(layer(x)[0], before)
+    assert (18, 6) not in uploads
+    layer.parameters["weight_hh_l0"][3, 2] += 1
+    assert (layer(x)[0] != before).any()
+    assert (18, 6) in uploads
+
+
+def test_steps_are_those_of_a_sequence():
+    layer, x = fastrnn.LSTM(5, 6, seed=0, backend="cuda"), np.random.default_rng(0).standard_normal((3, 5))
+    x, state = x.astype(np.float32), None
+    output, _ = layer(x)
+    for x_t, expected in zip(x, output, strict=True):
+        y, state = layer.step(x_t, state)
+        np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
 
 
 # ---- the persistent walk
@@ -272,3 +348,38 @@ def test_arrays_in_different_places(up):
     wrong = {**params, "bias_hh": up(np.zeros(14, np.float32))}
     fails(ValueError, "params['bias_hh'] has shape (14,), expected", x, wrong)
     fails(TypeError, "params['weight_hh'] has dtype float32, expected float64", up(one.x.astype(np.float64)), params)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("batched", [True, False], ids=["", "unbatched"])
+def test_layers_with_arrays_on_a_gpu(up, simulated, name, batched):
+    def down(value):
+        return simulated.download(value.buffer) if isinstance(value, OnGPU) else value
+
+    def lift(value):
+        return tuple(map(up, value)) if isinstance(value, tuple) else up(value)
+
+    layer, plain = layers(name, "cuda"), layers(name, "cuda")
+    x, state, d_state, d_output = inputs(layer, batched=batched)
+    output, last, tape = layer.forward(up(x), lift(state))
+    made = layer.backward(tape, up(d_output), lift(d_state))
+    expected_output, expected_last, tape = plain.forward(x, state)
+    expected = plain.backward(tape, d_output, d_state)
+    assert all(isinstance(array, OnGPU) for array in flat(output, last, made.x, made.state))
+    for ours, array in zip(
+        flat(output, last, made.x, made.state, made.params),
+        flat(expected_output, expected_last, expected.x, expected.state, expected.params),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(down(ours), array)
+    np.testing.assert_array_equal(down(layer(up(x))[0]), plain(x)[0])
+
+
+def test_a_layer_of_the_cpu_does_not_take_an_array_on_a_gpu(up):
+    x = up(np.zeros((2, 1, 5), np.float32))
+    with pytest.raises(
+        TypeError, match=re.escape("x is a OnGPU on a GPU and backend is 'cpu', expected a NumPy array")
+    ):
+        fastrnn.GRU(5, 6)(x)
+    with pytest.raises(TypeError, match=re.escape("state is a ndarray that is not on a GPU, and x is")):
+        fastrnn.GRU(5, 6, backend="cuda")(x, np.zeros((1, 1, 6), np.float32))

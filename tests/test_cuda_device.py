@@ -468,7 +468,6 @@ def test_the_real_driver_takes_arguments_of_these_types():
         ("cuStreamCreate", 1),
         ("cuStreamBeginCapture", stream, driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED),
         ("cuStreamEndCapture", stream),
-        ("cuStreamDestroy", stream),
         ("cuGraphInstantiate", graph, 0),
         ("cuGraphDestroy", graph),
         ("cuGraphLaunch", executable, LEGACY),

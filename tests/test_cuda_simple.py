@@ -33,7 +33,7 @@ def matrix(buffer, rows, columns, start=0, row=None):
     return products.Matrix(buffer, start, rows, columns, row or columns)
 
 
-def numpy_product(a, b, c, add):
+def numpy_product(a, b, c, add, mode="float32"):
     """What a library does, with arrays."""
 
     def array(m):
@@ -351,7 +351,7 @@ def test_empty_products():
 
 def test_a_library_is_asked_first():
     device, asked = SimulatedDevice(), []
-    device.library_product = lambda a, b, c, add: asked.append((a, b, c, add)) or len(asked) == 1
+    device.library_product = lambda a, b, c, add, mode: asked.append((a, b, c, add)) or len(asked) == 1
     one = matrix(device.upload(np.ones((2, 2), np.float32)), 2, 2)
     c = matrix(device.empty((2, 2), "float32"), 2, 2)
     products.multiply(device, one, one.T, c)

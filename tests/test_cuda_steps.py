@@ -30,7 +30,7 @@ class Device(SimulatedDevice):
         self.recordings.append((key, record))
         record()
 
-    def library_product(self, a, b, c, add):
+    def library_product(self, a, b, c, add, mode="float32"):
         self.asked.append(add)
         return plain.numpy_product(a, b, c, add)
 
@@ -183,7 +183,7 @@ class Listening(Device):
         self.use(*(argument for argument in arguments if not isinstance(argument, int)))
         super().launch(kernel, grid, arguments, **options)
 
-    def library_product(self, a, b, c, add):
+    def library_product(self, a, b, c, add, mode="float32"):
         self.use(a.buffer, b.buffer, c.buffer)
         return super().library_product(a, b, c, add)
 

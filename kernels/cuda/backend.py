@@ -11,6 +11,7 @@ from fastrnn.kernels.cuda.arrays import export, import_array, is_on_gpu
 from fastrnn.kernels.cuda.device import get_device
 from fastrnn.kernels.cuda.exchange import MODES
 from fastrnn.kernels.cuda.plan import WAYS
+from fastrnn.kernels.cuda.stack import Stack, to_numpy
 
 
 class Tape(NamedTuple):
@@ -53,6 +54,10 @@ class Backend:
         """The layer for many calls."""
         return Prepared(self, cell, params)
 
+    def prepare_stack(self, cell, parts, directions):
+        """Layers one above the other, with parameters for each layer and direction."""
+        return Stack(self, cell, parts, directions)
+
     # ---- arrays on a GPU
 
     def take(self, name, array, like=None):
@@ -66,6 +71,10 @@ class Backend:
     def give(self, buffers, like):
         """The Buffers as arrays of the kind of `like`."""
         return [export(buffer, like) for buffer in buffers]
+
+    def to_numpy(self, buffers):
+        """A dict of Buffers as NumPy arrays, once they are there."""
+        return to_numpy(next(iter(buffers.values())).device, buffers)
 
     def zeros(self, like, shapes):
         """New Buffers of zeros, with the dtype and on the GPU of the Buffer `like`."""
@@ -81,49 +90,34 @@ class Backend:
         self, cell, x, params, state, *, lengths=None, reset=None, reverse=False, training=False, recompute=False,
         output=None, column=0,
     ):  # fmt: skip
-        """As :func:`fastrnn.kernels.reference.forward`; Buffers in, Buffers out."""
-        to_host = isinstance(x, np.ndarray)
-        device = self._device or (get_device() if to_host else x.device)
-
-        def take(array):
-            return device.upload(array) if isinstance(array, np.ndarray) else array
-
-        cell = "lstm_projected" if "weight_hr" in params else cell
-        given = layer.Layer(device, cell, ({name: take(array) for name, array in params.items()},), self.mode, self.way)
-        options = layer.Options(
-            None if lengths is None else device.upload(lengths.astype(np.int32)),
-            None if reset is None else device.upload(reset.astype(np.uint8)),
-            int(reverse),
-        )
-        result, final, tape = layer.forward(
-            given, take(x), tuple(take(part) for part in state), options, training=training, recompute=recompute,
-            **({} if to_host or output is None else {"output": output, "row": output.shape[2], "column": column}),
-        )  # fmt: skip
+        """As :func:`fastrnn.kernels.reference.forward`; Buffers in, Buffers out, and no output given."""
+        to_host, device = isinstance(x, np.ndarray), self.device_of(x)
+        given = {name: device.to_buffer(array) for name, array in params.items()}
+        given = layer.Layer(device, layer.name_of(cell, params), (given,), self.mode, self.way)
+        options = layer.options_of(device, lengths, reset, int(reverse))
+        x, state = device.to_buffer(x), tuple(map(device.to_buffer, state))
+        result, final, tape = layer.forward(given, x, state, options, training=training, recompute=recompute)
         tape = Tape(tape, to_host) if training else None
         if not to_host:
             return result, final, tape
-        result = device.download(result)
+        result, final = to_numpy(device, (result, final))
         if output is not None:
             output[:, :, column : column + result.shape[2]] = result
             result = output
-        check_status(device)
-        return result, tuple(device.download(part) for part in final), tape
+        return result, final, tape
 
     def backward(self, tape, d_output, d_state):
         """As :func:`fastrnn.kernels.reference.backward`."""
         tape, to_host = tape
         device = tape.layer.device
+        d_final = None if d_state is None else tuple(map(device.to_buffer, d_state))
+        dx, (dparams,), d_initial = layer.backward(tape, device.to_buffer(d_output), d_final)
+        made = dx, dparams, d_initial
+        return to_numpy(device, made) if to_host else made
 
-        def take(array):
-            return device.upload(array) if isinstance(array, np.ndarray) else array
-
-        d_final = None if d_state is None else tuple(take(part) for part in d_state)
-        dx, (dparams,), d_initial = layer.backward(tape, take(d_output), d_final)
-        if not to_host:
-            return dx, dparams, d_initial
-        dparams = {name: device.download(part) for name, part in dparams.items()}
-        check_status(device)
-        return device.download(dx), dparams, tuple(device.download(part) for part in d_initial)
+    def device_of(self, x):
+        """The GPU that works with x."""
+        return self._device or (get_device() if isinstance(x, np.ndarray) else x.device)
 
 
 def backend(name, device=None):
@@ -131,10 +125,3 @@ def backend(name, device=None):
     options = name.split("-")[1:]
     mode = next((option for option in options if option in MODES), "float32")
     return Backend(mode, next((option for option in options if option in WAYS), None), device)
-
-
-def check_status(device):
-    """Raise if a persistent kernel has given up since the last look."""
-    if device.download(device.status)[0]:
-        device.fill(device.status, 0)
-        raise RuntimeError("a block of a persistent kernel waited in vain for another: its results are not valid")

@@ -25,6 +25,7 @@ import numpy as np
 
 from fastrnn.kernels.cuda import libraries
 from fastrnn.kernels.cuda.compiled import HINT, compile_kernel
+from fastrnn.kernels.cuda.products import swapped
 from fastrnn.kernels.cuda.text import Kernel
 
 LEGACY, PER_THREAD = 1, 2  # the driver's handles of the two default streams
@@ -57,6 +58,19 @@ class Buffer:
     def at(self, n: int) -> Buffer:
         """What begins n elements later, in one dimension."""
         return Buffer(self.device, self.pointer + n * self.dtype.itemsize, (self.size - n,), self.dtype, self.owner)
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def reshape(self, *shape: int) -> Buffer:
+        """The first elements in another shape: all of them, or as many as it has."""
+        return Buffer(self.device, self.pointer, shape, self.dtype, self.owner)
+
+    def swapaxes(self, first: int, second: int) -> Buffer:
+        """A new buffer with the two first of three axes swapped."""
+        assert (first, second) == (0, 1)
+        return swapped(self.device, self)
 
     @property
     def __cuda_array_interface__(self) -> dict:
@@ -185,6 +199,10 @@ class Device:
             buffer.owner = (buffer.owner, array)  # page-locked memory is read later, and any other now
         return buffer
 
+    def to_buffer(self, array):
+        """A NumPy array as a new buffer; a buffer, or None, as it is."""
+        return self.upload(array) if isinstance(array, np.ndarray) else array
+
     def download(self, buffer: Buffer) -> np.ndarray:
         """The buffer's numbers, once they are there."""
         array = np.empty(buffer.shape, buffer.dtype)
@@ -273,8 +291,7 @@ class Device:
 
     def _record(self, record):
         """A graph of what record() launches on a stream of its own; False if something in it can't be recorded."""
-        stream = self.call("cuStreamCreate", 1)  # 1: it does not wait for the default stream, nor the other way round
-        graph = None
+        stream, graph = self._stream_to_record, None
         try:
             self.call("cuStreamBeginCapture", stream, self._driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED)
             self._recording.stream = stream
@@ -289,7 +306,11 @@ class Device:
         finally:
             if graph is not None:
                 self.call("cuGraphDestroy", graph)
-            self.call("cuStreamDestroy", stream)
+
+    @functools.cached_property
+    def _stream_to_record(self):
+        """One for all graphs: libraries keep memory for every stream that they have seen."""
+        return self.call("cuStreamCreate", 1)  # 1: it does not wait for the default stream, nor the other way round
 
     # ---- order
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from fastrnn.kernels.cells import CELLS
 from fastrnn.kernels.cuda import parameters, persistent, simple, steps
 from fastrnn.kernels.cuda.plan import choose
@@ -31,6 +33,20 @@ class Options(NamedTuple):
     lengths: Any = None  # (B,) int32
     reset: Any = None  # (T, B) bytes
     reverse: int = 0  # a bit for each direction
+
+
+def name_of(cell, params):
+    """The cell's name in CELLS."""
+    return "lstm_projected" if "weight_hr" in params else cell
+
+
+def options_of(device, lengths, reset, reverse):
+    """Options with `lengths` and `reset`, NumPy arrays or None, on the device."""
+    return Options(
+        None if lengths is None else device.upload(lengths.astype(np.int32)),
+        None if reset is None else device.upload(reset.astype(np.uint8)),
+        reverse,
+    )
 
 
 class Tape(NamedTuple):
@@ -65,7 +81,8 @@ def forward(layer, x, initial, options, *, output=None, row=None, column=0, trai
     plan = states = tape = None
     if T and B:
         plan = choose(device, layer, size, x.dtype.name)
-        sums = parameters.sums_of_x(device, layer.cell, size, x, I, [given["weight_ih"] for given in layer.params])
+        weights_ih = [given["weight_ih"] for given in layer.params]
+        sums = parameters.sums_of_x(device, layer.cell, size, x, I, weights_ih, layer.mode)
         bias = parameters.bias_of_slots(device, layer.cell, size, layer.params)
         states = device.empty((D, T + 1, B, W), x.dtype)
         if training and not recompute:
@@ -104,7 +121,7 @@ def backward(tape, d_output, d_final):
     )  # fmt: skip
     h_before = before(device, size, states, options.reset, options.reverse)
     I = x.shape[2]
-    dx, dparams = parameters.gradients(device, layer.cell, size, x, I, layer.params, d, h_before, kept)
+    dx, dparams = parameters.gradients(device, layer.cell, size, x, I, layer.params, d, h_before, kept, layer.mode)
     return dx, dparams, d_initial
 
 
@@ -112,7 +129,7 @@ def _walk(plan, device, cell, size, sums, weights, *arguments, **options):
     if plan.way == "persistent":
         persistent.forward(device, plan, cell, size, sums, weights, *arguments, **options)
     elif plan.way == "steps":
-        steps.forward(device, cell, size, sums, weights, *arguments, **options)
+        steps.forward(device, cell, size, sums, weights, *arguments, mode=plan.mode, **options)
     else:
         weights = simple.transposed(device, cell, size, weights)
         simple.forward(device, cell, size, sums, weights, *arguments, **options)
@@ -122,7 +139,7 @@ def _walk_back(plan, device, *arguments, **options):
     if plan.way == "persistent":
         persistent.backward(device, plan, *arguments, **options)
     elif plan.way == "steps":
-        steps.backward(device, *arguments, **options)
+        steps.backward(device, *arguments, mode=plan.mode, **options)
     else:
         simple.backward(device, *arguments, **options)
 

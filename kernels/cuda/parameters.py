@@ -58,13 +58,13 @@ def d_row(cell, size):
 # ---- before the walk
 
 
-def sums_of_x(device, cell, size, x, I, weights):
+def sums_of_x(device, cell, size, x, I, weights, mode):
     """W_ih x for all steps: [D, T, B, G*H]. `weights` has one W_ih for each direction."""
     rows, columns = size.T * size.B, CELLS[cell].gates * size.H
     sums = device.empty((size.D, size.T, size.B, columns), x.dtype)
     for direction, w in enumerate(weights):
         c = Matrix(sums, direction * rows * columns, rows, columns, columns)
-        multiply(device, Matrix(x, 0, rows, I, I), Matrix(w, 0, columns, I, I).T, c)
+        multiply(device, Matrix(x, 0, rows, I, I), Matrix(w, 0, columns, I, I).T, c, mode=mode)
     return sums
 
 
@@ -127,20 +127,20 @@ def in_slots(ops, slots, zero):
 # ---- after the walk
 
 
-def gradients(device, cell, size, x, I, params, d, before, tape):
+def gradients(device, cell, size, x, I, params, d, before, tape, mode):
     """Return dx, and a dict of the parameters' gradients for each direction.
 
     `before` has a Matrix (T*B, W) for each direction: h before each step.
     """
     dx = device.empty((size.T, size.B, I), d.dtype)
     dparams = [
-        _gradients(device, CELLS[cell], size, x, I, given, d, before[direction], tape, dx, direction)
+        _gradients(device, CELLS[cell], size, x, I, given, d, before[direction], tape, dx, direction, mode)
         for direction, given in enumerate(params)
     ]
     return dx, dparams
 
 
-def _gradients(device, cell, size, x, I, params, d, before, tape, dx, direction):
+def _gradients(device, cell, size, x, I, params, d, before, tape, dx, direction, mode):
     """Of one direction; dx is modified: what comes from this direction is added."""
     rows, H, W, row = size.T * size.B, size.H, size.W, d_row(cell, size)
 
@@ -156,17 +156,18 @@ def _gradients(device, cell, size, x, I, params, d, before, tape, dx, direction)
         gates = of_gates(run.slot, run.count * H)
         start = run.block * H
         weights = Matrix(params["weight_ih"], start * I, gates.columns, I, I)
-        multiply(device, gates, weights, Matrix(dx, 0, rows, I, I), add=add)
-        multiply(device, gates.T, Matrix(x, 0, rows, I, I), weights._replace(buffer=made["weight_ih"]))
+        multiply(device, gates, weights, Matrix(dx, 0, rows, I, I), add=add, mode=mode)
+        multiply(device, gates.T, Matrix(x, 0, rows, I, I), weights._replace(buffer=made["weight_ih"]), mode=mode)
         if "bias_ih" in made:
             column_sums(device, gates, made["bias_ih"], start)
         add = True
     for run, place in h_runs(cell):
         gates = of_gates(run.slot, run.count * H)
         start, operand = run.block * H, before if place is None else of_tape(place)
-        multiply(device, gates.T, operand, Matrix(made["weight_hh"], start * W, gates.columns, W, W))
+        multiply(device, gates.T, operand, Matrix(made["weight_hh"], start * W, gates.columns, W, W), mode=mode)
         if "bias_hh" in made:
             column_sums(device, gates, made["bias_hh"], start)
     if "weight_hr" in made:
-        multiply(device, of_gates(cell.slots, W).T, of_tape(HIDDEN), Matrix(made["weight_hr"], 0, W, H, H))
+        weights = Matrix(made["weight_hr"], 0, W, H, H)
+        multiply(device, of_gates(cell.slots, W).T, of_tape(HIDDEN), weights, mode=mode)
     return made

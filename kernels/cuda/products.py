@@ -43,12 +43,15 @@ class Matrix(NamedTuple):
 # ---- products
 
 
-def multiply(device, a, b, c, *, add=False):
-    """C = A B, or C += A B: matrices (M, K), (K, N) and (M, N), A and B perhaps transposed. c's buffer is modified."""
+def multiply(device, a, b, c, *, add=False, mode="float32"):
+    """C = A B, or C += A B: matrices (M, K), (K, N) and (M, N), A and B perhaps transposed. c's buffer is modified.
+
+    `mode` is what a library may round numbers of float32 to before it multiplies them: see exchange.MODES.
+    """
     assert (c.rows, c.columns, a.columns) == (a.rows, b.columns, b.rows), "shapes do not fit"
     if not c.rows or not c.columns:
         return
-    if device.library_product is not None and device.library_product(a, b, c, add):
+    if device.library_product is not None and device.library_product(a, b, c, add, mode):
         return
     dtype = c.buffer.dtype.name
     numbers = (c.rows, c.columns, a.columns, a.start, a.row, a.column, b.start, b.row, b.column, c.start, c.row)
@@ -240,8 +243,7 @@ def before(device, size, states, reset, reverse):
     dtype = states.dtype.name
     types = (f"{dtype}*", "uint8*", f"{dtype}*", *["int64"] * 4)
     kernel = Kernel(make_before, (dtype,), types, COPY_THREADS)
-    blocks = min(-(-T * B * W // COPY_THREADS), 32 * device.multiprocessors)
-    device.launch(kernel, (blocks, 1, D), [states, reset, target, T, B, W, reverse])
+    device.launch(kernel, (_blocks(device, T * B * W), 1, D), [states, reset, target, T, B, W, reverse])
     return [Matrix(target, d * T * B * W, T * B, W, W) for d in range(D)]
 
 
@@ -257,3 +259,51 @@ def make_before(ops, dtype):
             target[direction * count + i] = zero if reset[i // W] else states[source + i]
 
     return kernel
+
+
+# ---- element by element
+
+
+def scaled(device, a, b):
+    """A new buffer with a * b, of buffers of one shape."""
+    target = device.empty(a.shape, a.dtype)
+    kernel = Kernel(make_scaled, (a.dtype.name,), (f"{a.dtype.name}*",) * 3 + ("int64",), COPY_THREADS)
+    device.launch(kernel, (_blocks(device, a.size), 1, 1), [a, b, target, a.size])
+    return target
+
+
+def make_scaled(ops, dtype):
+    """Make the kernel of a grid (any, 1, 1)."""
+    cuda = ops.cuda
+
+    def kernel(a, b, target, count):
+        for i in range(cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x, count, cuda.gridDim.x * cuda.blockDim.x):
+            target[i] = a[i] * b[i]
+
+    return kernel
+
+
+def swapped(device, a):
+    """A new buffer with a's first two axes swapped, of three."""
+    n, m, each = a.shape
+    target = device.empty((m, n, each), a.dtype)
+    kernel = Kernel(make_swapped, (a.dtype.name,), (f"{a.dtype.name}*",) * 2 + ("int64",) * 3, COPY_THREADS)
+    device.launch(kernel, (_blocks(device, a.size), 1, 1), [a, target, n, m, each])
+    return target
+
+
+def make_swapped(ops, dtype):
+    """Make the kernel of a grid (any, 1, 1)."""
+    cuda = ops.cuda
+
+    def kernel(a, target, n, m, each):
+        count = n * m * each
+        for i in range(cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x, count, cuda.gridDim.x * cuda.blockDim.x):
+            row, k = i // each, i % each
+            target[i] = a[(row % n * m + row // n) * each + k]
+
+    return kernel
+
+
+def _blocks(device, count):
+    return min(-(-count // COPY_THREADS), 32 * device.multiprocessors)

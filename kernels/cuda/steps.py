@@ -74,11 +74,12 @@ def projects(cell, stage):
 
 def forward(
     device, cell, size, sums, weights, bias, initial, final, output, row, column, states, *, lengths=None, reset=None,
-    tape=None, reverse=0, threads=THREADS,
+    tape=None, reverse=0, threads=THREADS, mode="float32",
 ):  # fmt: skip
     """Launch the walk forward, of all directions. Is modified: output, states, final, tape.
 
-    `weights` are PyTorch's, not transposed: ([D, G*H, W],), or with a projection's ([D, P, H],) behind.
+    `weights` are PyTorch's, not transposed: ([D, G*H, W],), or with a projection's ([D, P, H],) behind. `mode`: see
+    :func:`fastrnn.kernels.cuda.products.multiply`.
     """
     T, B, H, W, D = size
     products, handed = products_of(cell, size, weights), CELLS[cell].values - 1
@@ -102,19 +103,20 @@ def forward(
                     if stage.operand:
                         operand = Matrix(scratch, (d * handed + stage.operand - 1) * B * H, B, H, H)
                     w = product.matrix(d)
-                    multiply(device, operand, w.T, Matrix(made[i], d * B * w.rows, B, w.rows, w.rows))
+                    c = Matrix(made[i], d * B * w.rows, B, w.rows, w.rows)
+                    multiply(device, operand, w.T, c, mode=mode)
                 step = [made[i], *buffers], (lengths, reset), s, *numbers
                 launch(make_forward, (cell, i), B * product.units, *step)
         for ended, (during, count, each, end) in zip(final, places, strict=False):
             launch(make_copy, (), count, [during, ended], (), count, each, end, count, 0, ~reverse)
 
     every = [*made, *buffers, *weights, *initial, *final, lengths, reset]
-    device.graph(("steps, forward", cell, sums.dtype.name, D, threads, numbers, *map(_pointer, every)), record)
+    device.graph(("steps, forward", cell, sums.dtype.name, mode, D, threads, numbers, *map(_pointer, every)), record)
 
 
 def backward(
     device, cell, size, weights, d_output, d_final, c0, states, tape, d, d_initial, *, lengths=None, reset=None,
-    reverse=0, threads=THREADS,
+    reverse=0, threads=THREADS, mode="float32",
 ):  # fmt: skip
     """Launch the walk backward, of all directions. Is modified: d and d_initial."""
     T, B, H, W, D = size
@@ -140,12 +142,13 @@ def backward(
                     gates = Matrix(d, (z * T + t) * B * d_row + product.column, B, product.rows, d_row)
                     # The gradient of h is what has gone back by itself, and this.
                     w, target = product.matrix(z), middle if i else d_initial[0]
-                    multiply(device, gates, w, Matrix(target, z * B * w.columns, B, w.columns, w.columns), add=i == 0)
+                    c = Matrix(target, z * B * w.columns, B, w.columns, w.columns)
+                    multiply(device, gates, w, c, add=i == 0, mode=mode)
         if reset is not None and T:
             launch(make_first_reset, (), B * W, [d_initial[0]], (lengths, reset), T, B, W, reverse, flags)
 
     every = [*buffers, *weights, *d_final, lengths, reset]
-    device.graph(("steps, backward", cell, tape.dtype.name, D, threads, numbers, *map(_pointer, every)), record)
+    device.graph(("steps, backward", cell, tape.dtype.name, mode, D, threads, numbers, *map(_pointer, every)), record)
 
 
 def _pointer(buffer):
