@@ -17,7 +17,7 @@ SUITE = compare limits growth memory start disturbed
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input
 
-.PHONY: help demo test test-all test-gpu bench bench-layers bench-report check clean
+.PHONY: help demo test test-all test-gpu bench bench-gpu bench-layers bench-report check clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -37,6 +37,9 @@ test-gpu: $(VENV)/.test-all ## run the tests that need an NVIDIA GPU
 
 bench: $(VENV)/.test-all ## measure everything, beside PyTorch, ONNX Runtime and JAX (half an hour; ARGS=--quick: 3 minutes)
 	@for script in $(SUITE); do $(BIN)/python benchmarks/$$script.py $(ARGS) || exit; done
+
+bench-gpu: $(VENV)/.test-all ## measure an NVIDIA GPU, beside cuDNN (ARGS='--limit-seconds 500', or --quick)
+	@for script in gpu_limits gpu; do $(BIN)/python benchmarks/$$script.py $(ARGS) || exit; done
 
 bench-layers: $(VENV)/.test-all ## time the layers with pytest-benchmark, in one process (ARGS=--quick for a few shapes)
 	@$(BIN)/python -m pytest benchmarks --benchmark-sort=name --benchmark-columns=median,iqr,rounds $(ARGS)
