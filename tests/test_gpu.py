@@ -64,7 +64,7 @@ def test_large(name, cell, size):
 
 
 @each_way
-@pytest.mark.parametrize("number", range(5))
+@pytest.mark.parametrize("number", range(3))
 def test_anything(name, cell, number):
     """Layers as large as many blocks; for relu smaller ones, since of many sums one always falls on the kink."""
     random = np.random.default_rng([number, CELLS.index(cell)])
@@ -189,7 +189,7 @@ for name in ("cuda-simple", "cuda-steps", "cuda-persistent"):
 """
 
 
-@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck"])
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
 def test_compute_sanitizer(tool, tmp_path):
     found = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if found is None:
