@@ -92,16 +92,11 @@ def cache() -> str:
 
 
 def gpu() -> str:
-    """The GPUs that Numba finds, or why it finds none; and that no kernel here uses one."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of Numba's about its CUDA target
-        try:
-            from numba import cuda
+    """The GPU that `backend="cuda"` would use, or why there is none."""
+    from fastrnn.kernels.cuda.device import get_device
 
-            if cuda.is_available():
-                names = [f"{gpu.name.decode()} (compute capability {gpu.compute_capability})" for gpu in cuda.gpus]
-                return f"{', '.join(names)}; not used: this version has no kernels for it"
-            reason = str(cuda.cuda_error() or "no device").strip().splitlines()[0].rstrip(".")
-        except Exception as error:  # whatever an installation of CUDA can do wrong
-            reason = f"{type(error).__name__}: {error}"
-    return f"none found ({reason}); this version has no kernels for one"
+    try:
+        device = get_device()
+    except (ImportError, RuntimeError) as error:
+        return f"none ({str(error).rstrip('.')})"
+    return "{} (compute capability {}.{})".format(device.name, *device.capability)

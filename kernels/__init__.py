@@ -13,6 +13,8 @@ a cell as an argument of a kernel; caching    :mod:`fastrnn.kernels.stage`
 splitting a pass over threads                 :mod:`fastrnn.kernels.threads`
 threads that meet at every step               :mod:`fastrnn.kernels.barrier`
 the same in plain NumPy, to read and compare  :mod:`fastrnn.kernels.reference`
+everything on an NVIDIA GPU                   :mod:`fastrnn.kernels.cuda`, which has such a table of its own
+the few instructions that only a GPU has      :mod:`fastrnn.kernels.ptx`
 ============================================  =================================================
 
 Letters
@@ -22,7 +24,7 @@ P where there is a projection, else H. ``d`` + name is the gradient of the loss 
 
 Conventions
 -----------
-A backend (``cpu``, ``reference``) is a module with three functions, for one layer in one direction::
+A backend (``cpu``, ``reference``, an object of ``cuda``) has three functions, for one layer in one direction::
 
     forward(cell, x, params, state, *, lengths=None, reset=None, reverse=False, training=False, recompute=False,
             output=None, column=0)

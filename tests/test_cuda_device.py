@@ -130,6 +130,9 @@ class Driver:
     def _cuEventCreate(self, flags):
         return "event"
 
+    def _cuDeviceGetName(self, size, ordinal):
+        return b"NVIDIA H200".ljust(size, b"\0")
+
     def _cuStreamCreate(self, flags):
         return 77
 
@@ -146,7 +149,7 @@ class Driver:
         self.arguments = values(rest[-1])
 
 
-CONTEXT_FREE = """cuInit cuDriverGetVersion cuDeviceGetCount cuDeviceGet cuDevicePrimaryCtxRetain cuDeviceGetAttribute
+CONTEXT_FREE = """cuInit cuDriverGetVersion cuDeviceGetCount cuDeviceGet cuDevicePrimaryCtxRetain cuDeviceGetAttribute cuDeviceGetName
     cuCtxGetCurrent cuCtxPushCurrent cuCtxPopCurrent cuGetErrorName cuGetErrorString cuPointerGetAttribute""".split()
 ARGUMENTS = ("float32*", "float64*", "int32", "uint8*", "int32")
 
@@ -465,6 +468,7 @@ def test_the_real_driver_takes_arguments_of_these_types():
         ("cuMemcpyHtoDAsync", 256, address, 32, LEGACY),
         ("cuMemcpyDtoHAsync", address, 256, 32, LEGACY),
         ("cuMemcpyDtoDAsync", 256, 512, 32, LEGACY),
+        ("cuDeviceGetName", 100, gpu),
         ("cuStreamCreate", 1),
         ("cuStreamBeginCapture", stream, driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED),
         ("cuStreamEndCapture", stream),
@@ -806,3 +810,7 @@ def test_few_graphs_are_kept(gpu, driver):
         for _ in range(2):
             gpu.graph(key, recorder(gpu, []))
     assert len(driver.named("cuGraphExecDestroy")) == 2
+
+
+def test_its_name(gpu):
+    assert gpu.name == "NVIDIA H200"

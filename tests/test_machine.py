@@ -1,11 +1,11 @@
 """`python -m fastrnn info`, `warmup` and `clear-cache`."""
 
-import pytest
+import types
 
 import fastrnn
 from fastrnn import machine
 from fastrnn.__main__ import main
-from fastrnn.kernels.cuda import compiled
+from fastrnn.kernels.cuda import compiled, device
 from fastrnn.weights import CELLS
 
 
@@ -20,10 +20,17 @@ def test_info(capsys):
 
 
 def test_gpu_says_why_there_is_none(monkeypatch):
-    cuda = pytest.importorskip("numba.cuda", reason="this Numba has no CUDA target")
-    monkeypatch.setattr(cuda, "is_available", lambda: False)
-    monkeypatch.setattr(cuda, "cuda_error", lambda: "\nThe driver is too old.\nMore.")
-    assert machine.gpu() == "none found (The driver is too old); this version has no kernels for one"
+    def get_device():
+        raise RuntimeError("no NVIDIA driver was found.")
+
+    monkeypatch.setattr(device, "get_device", get_device)
+    assert machine.gpu() == "none (no NVIDIA driver was found)"
+
+
+def test_gpu_is_named(monkeypatch):
+    found = types.SimpleNamespace(name="NVIDIA H200", capability=(9, 0))
+    monkeypatch.setattr(device, "get_device", lambda: found)
+    assert machine.gpu() == "NVIDIA H200 (compute capability 9.0)"
 
 
 def test_warmup(monkeypatch, capsys):

@@ -150,6 +150,11 @@ class Device:
         if self._empty == self._from_pool:
             self._keep_pool()
 
+    @property
+    def name(self) -> str:
+        """As the driver has it, "NVIDIA H200" for instance."""
+        return self._check(self._driver.cuDeviceGetName(100, self._device)).split(b"\0")[0].decode()
+
     def require(self, capability: tuple[int, int], what: str) -> None:
         """Raise if the GPU is older than `what` needs."""
         if self.capability < capability:
