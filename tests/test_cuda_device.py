@@ -149,8 +149,9 @@ class Driver:
         self.arguments = values(rest[-1])
 
 
-CONTEXT_FREE = """cuInit cuDriverGetVersion cuDeviceGetCount cuDeviceGet cuDevicePrimaryCtxRetain cuDeviceGetAttribute cuDeviceGetName
-    cuCtxGetCurrent cuCtxPushCurrent cuCtxPopCurrent cuGetErrorName cuGetErrorString cuPointerGetAttribute""".split()
+CONTEXT_FREE = """cuInit cuDriverGetVersion cuDeviceGetCount cuDeviceGet cuDevicePrimaryCtxRetain cuDeviceGetAttribute
+    cuCtxGetCurrent cuCtxPushCurrent cuCtxPopCurrent cuGetErrorName cuGetErrorString cuPointerGetAttribute
+    cuDeviceGetName""".split()
 ARGUMENTS = ("float32*", "float64*", "int32", "uint8*", "int32")
 
 
