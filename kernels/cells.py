@@ -221,6 +221,7 @@ def gru_reset_backward(drh, carried, saved, state):
 # ---- the table of cells
 
 H, C = 0, 1  # the states' numbers; values that a first stage hands to the second come after them
+TAPE_OF_C = 4  # where LSTM's c stands in its tape
 
 
 class Stage(NamedTuple):

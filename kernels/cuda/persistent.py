@@ -19,15 +19,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from fastrnn.kernels.cells import C, H
+from fastrnn.kernels.cells import TAPE_OF_C, C, H
 from fastrnn.kernels.cuda.exchange import publisher, vector_of
 from fastrnn.kernels.cuda.fragments import CHUNK, weights_in_a, weights_in_b
+from fastrnn.kernels.cuda.simple import D_C, D_H, D_OUTPUT, LENGTHS, RESET
 from fastrnn.kernels.cuda.text import STAGES, Kernel, formula, load_each, store_each
-
-C_PLACE = 4  # where LSTM's c stands in its tape
-
-# Which of the arrays are there, in the argument `given`.
-LENGTHS, RESET, D_OUTPUT, D_H, D_C = 1, 2, 4, 8, 16
 
 
 class Shape(NamedTuple):
@@ -331,7 +327,7 @@ def _apply(ops, shape):
                     if taped:
                         store_tape(tape, at * taped * hidden + here.unit, hidden, saved)
                 elif taped and has_c:
-                    tape[(at * taped + C_PLACE) * hidden + here.unit] = state[2 * i + 1]
+                    tape[(at * taped + TAPE_OF_C) * hidden + here.unit] = state[2 * i + 1]
                 publish(exchange, ((s + 1) * here.B + b) * vector.words, here.unit, state[2 * i])
                 output[at * row + column + here.unit] = state[2 * i] if active else zero
                 if taped:
@@ -477,7 +473,7 @@ def _gather_saved(ops, shape):
         earlier = t + 1 if here.backwards else t - 1
         if earlier < 0 or earlier == here.T:
             return c0[b * hidden + here.unit]
-        return tape[((earlier * here.B + b) * taped + C_PLACE) * hidden + here.unit]
+        return tape[((earlier * here.B + b) * taped + TAPE_OF_C) * hidden + here.unit]
 
     state_before = ops.device(state_before)
 

@@ -16,12 +16,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastrnn.kernels.cells import CELLS, C, H
+from fastrnn.kernels.cells import CELLS, TAPE_OF_C, C, H
 from fastrnn.kernels.cuda.products import transpose
 from fastrnn.kernels.cuda.text import Kernel, formula, load_each, store_each
 
 THREADS = 128
-TAPE_OF_C = 4  # where LSTM's c stands in its tape
 # What is given; bits of an argument, as kernels can't ask a pointer.
 LENGTHS, RESET, TAPE, D_OUTPUT, D_H, D_C = (1 << bit for bit in range(6))
 

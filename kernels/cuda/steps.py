@@ -19,14 +19,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastrnn.kernels.cells import CELLS, C, H
+from fastrnn.kernels.cells import CELLS, TAPE_OF_C, C, H
 from fastrnn.kernels.cuda.products import Matrix, multiply
 from fastrnn.kernels.cuda.simple import (
     D_OUTPUT,
     LENGTHS,
     RESET,
     TAPE,
-    TAPE_OF_C,
     PlaceBack,
     backward_stage,
     copy_one,
