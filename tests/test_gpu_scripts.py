@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import results
-from fastrnn.kernels.cuda.plan import WAYS
+from fastrnn.kernels.cuda import plan
 
 DEVICE = SimpleNamespace(
     multiprocessors=132, shared_memory=227 << 10, capability=(9, 0), library_product=None, has_library=True
@@ -24,6 +24,14 @@ def folder(monkeypatch, tmp_path):
     monkeypatch.setattr(results, "FOLDER", tmp_path)
     monkeypatch.setattr(results, "KEYS", results.KEYS | gpu.KEYS | gpu_limits.KEYS)
     return tmp_path
+
+
+@pytest.fixture
+def device():
+    pytest.importorskip("greenlet", reason="the simulated GPU needs greenlet")
+    from simulated_device import SimulatedDevice
+
+    return SimulatedDevice(seed=1)
 
 
 # ---- options and points
@@ -80,7 +88,7 @@ def test_without_a_gpu(script, monkeypatch, capsys):
 def test_every_point_has_a_plan_and_a_model():
     for point in gpu.points(gpu.options([])):
         chosen = gpu.planned(DEVICE, point)
-        assert chosen.way in WAYS
+        assert chosen.way in plan.WAYS
         assert 1e-7 < gpu.modelled(DEVICE, point, chosen) < 1e-3
     assert gpu.planned(DEVICE, POINT).way == "persistent"
 
@@ -200,6 +208,23 @@ def test_answers_are_checked(monkeypatch, cell, directions):
                 gpu.check(torch, point)
 
 
+@pytest.mark.parametrize("cell", gpu.CELLS)
+def test_both_directions_in_the_simulator(monkeypatch, device, cell):
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+
+    class Simulated(gpu.OursBothWays):
+        def _in(self, array):
+            return device.upload(array.numpy())
+
+        def _out(self, buffer):
+            return torch.from_numpy(device.download(buffer))
+
+    monkeypatch.setattr(gpu, "get_device", lambda like: device)
+    for name, value in (("PLACE", "cpu"), ("OursBothWays", Simulated)):
+        monkeypatch.setattr(gpu, name, value)
+    gpu.check(torch, gpu.Point(cell, "float32", 3, 2, 5, 2, "training"))
+
+
 def test_tf32_is_switched_and_back():
     torch = pytest.importorskip("torch", reason="PyTorch is not installed")
     matmul = torch.backends.cuda.matmul
@@ -233,14 +258,6 @@ def test_times():
 
 
 # ---- limits
-
-
-@pytest.fixture
-def device():
-    pytest.importorskip("greenlet", reason="the simulated GPU needs greenlet")
-    from simulated_device import SimulatedDevice
-
-    return SimulatedDevice(seed=1)
 
 
 @pytest.mark.parametrize(
