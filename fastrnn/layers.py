@@ -420,7 +420,7 @@ class Recurrent:
         shape = (None, None, spec.input_size) if batched else (None, spec.input_size)
         x = functional.check_array("x", x, (self._dtype,), shape, letters)
         if not batched:
-            x = x.reshape(x.shape[0], 1, x.shape[1])
+            x = functional.contiguous(x).reshape(x.shape[0], 1, x.shape[1])
         elif batch_first:
             x = x.swapaxes(0, 1)
         T, B = x.shape[:2]
@@ -591,7 +591,7 @@ class Recurrent:
             shape, letters = (tape.T, tape.B, width), "(T, B, size)"
         array = functional.check_array("d_output", d_output, (self._dtype,), shape, letters)
         if not tape.batched:
-            array = array.reshape(tape.T, 1, width)
+            array = functional.contiguous(array).reshape(tape.T, 1, width)
         elif self._batch_first:
             array = array.swapaxes(0, 1)
         return functional.contiguous(array)

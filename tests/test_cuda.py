@@ -14,7 +14,7 @@ from test_kernels import CELLS, check, task
 import fastrnn
 from fastrnn import backend as backends
 from fastrnn import functional
-from fastrnn.kernels.cuda import exchange, plan
+from fastrnn.kernels.cuda import exchange, persistent, plan
 from fastrnn.kernels.cuda.backend import Backend, backend
 from fastrnn.testing import run
 from simulated_device import SimulatedDevice
@@ -263,7 +263,7 @@ def test_the_pattern_of_what_is_missing_is_no_number(cell, mode):
 
 
 def test_a_lost_block_is_an_error_and_not_a_wait_for_ever(monkeypatch):
-    monkeypatch.setattr(exchange, "LOOKS", 50)
+    monkeypatch.setattr(persistent, "LOOKS", 50)
     one = task("gru", 3, 2, 4, 20)
     device = simulated_device()
     launch = device.launch

@@ -342,15 +342,15 @@ class Device:
 
     def call(self, name: str, *arguments):
         """Call a function of the driver's API in this device's context, and leave the caller's as it was."""
+        function = getattr(self._driver, name)
+        if int(self._check(self._driver.cuCtxGetCurrent())) == self._context_handle:
+            return self._check(function(*arguments), name)
         with self._current():
-            return self._check(getattr(self._driver, name)(*arguments), name)
+            return self._check(function(*arguments), name)
 
     @contextmanager
     def _current(self):
         """Within it, this device's context is the thread's."""
-        if int(self._check(self._driver.cuCtxGetCurrent())) == self._context_handle:
-            yield
-            return
         self._check(self._driver.cuCtxPushCurrent(self._context))
         try:
             yield

@@ -60,8 +60,9 @@ def publisher(ops, mode_name, vector):
 def fetcher(ops, mode_name, vector, count):
     """A function that takes `count` times four words of a row from the exchange, and waits until they are there.
 
-    (words, at, exchange, row, place, here, status): into words[at...] (is modified), from word `place` of the row at
-    `row` on, every GROUP; zeros if the row is not `here`. status[0] becomes 1 if a word does not come.
+    (words, at, exchange, row, place, here, patience, status): into words[at...] (is modified), from word `place` of the
+    row at `row` on, every GROUP; zeros if the row is not `here`. patience[0] is how often to look for what is missing;
+    in vain once, it becomes 1, and status[0], too (both are modified): then a lost block is waited for no more.
     """
     word, load_words, pause = ops.uint32, ops.load_words, ops.pause
     one, length = MODES[mode_name].numbers == 1, vector.words
@@ -73,11 +74,10 @@ def fetcher(ops, mode_name, vector, count):
 
     absent = ops.device(absent)
 
-    def fetch(words, at, exchange, row, place, here, status):
+    def fetch(words, at, exchange, row, place, here, patience, status):
         for k in range(4 * count):
             words[at + k] = word(0)
-        looks = 0
-        missing = here
+        looks, missing = 0, here
         while missing:
             for k in range(count):
                 if place + GROUP * k < length:
@@ -88,8 +88,8 @@ def fetcher(ops, mode_name, vector, count):
                 missing = missing | absent(words[at + k])
             if missing:
                 looks += 1
-                if looks == LOOKS or (looks % 1024 == 0 and status[0] != 0):
-                    status[0] = 1
+                if looks >= patience[0]:
+                    patience[0] = status[0] = 1
                     missing = False
                 pause()
 

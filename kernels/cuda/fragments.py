@@ -68,9 +68,9 @@ def weights_in_a(ops, mode_name, vector, tiles, weight):
 
     * load(w, weights, start, first): fill w (is modified) with ``weight(weights, start, row, k)``, 0 beyond the vector;
       `first` is the first word of the warp's part of the vector;
-    * multiply(sums, w, words, exchange, row, first, here, status): add to sums[4 * tile + ...] (is modified) the
-      products with the vector at word `row` of the exchange, if it is `here`. A lane has, of the tile's row g and then
-      of g + 8, columns 2q and 2q + 1. `words` is scratch for 4 * CHUNK words.
+    * multiply(sums, w, words, exchange, row, first, here, patience, status): add to sums[4 * tile + ...] (is modified)
+      the products with the vector at word `row` of the exchange, if it is `here`. A lane has, of the tile's row g and
+      then of g + 8, columns 2q and 2q + 1. `words` is scratch for 4 * CHUNK words.
     """
     groups, multiply = vector.groups, multiplier(ops, mode_name, weights_first=True)
     word_at = _word_of_weights(ops, mode_name, vector, weight)
@@ -93,9 +93,9 @@ def weights_in_a(ops, mode_name, vector, tiles, weight):
         start_of_part, count = part
         fetch = fetcher(ops, mode_name, vector, count)
 
-        def multiply_chunk(sums, w, words, exchange, row, first, here, status):
+        def multiply_chunk(sums, w, words, exchange, row, first, here, patience, status):
             place = first + GROUP * start_of_part + ops.cuda.threadIdx.x % 4 * 4
-            fetch(words, 0, exchange, row, place, here, status)
+            fetch(words, 0, exchange, row, place, here, patience, status)
             ops.sync_warp()
             for k in range(count):
                 for j in range(2):
@@ -144,11 +144,11 @@ def weights_in_b(ops, mode_name, vector, tiles, weight, rows):
         start_of_part, count = part
         fetch = fetcher(ops, mode_name, vector, count)
 
-        def multiply_chunk(sums, w, words, exchange, row, row8, first, here, here8, status):
+        def multiply_chunk(sums, w, words, exchange, row, row8, first, here, here8, patience, status):
             place = first + GROUP * start_of_part + ops.cuda.threadIdx.x % 4 * 4
-            fetch(words, 0, exchange, row, place, here, status)
+            fetch(words, 0, exchange, row, place, here, patience, status)
             if rows == 16:
-                fetch(words, 4 * count, exchange, row8, place, here8, status)
+                fetch(words, 4 * count, exchange, row8, place, here8, patience, status)
             ops.sync_warp()
             for k in range(count):
                 for j in range(2):

@@ -20,7 +20,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from fastrnn.kernels.cells import TAPE_OF_C, C, H
-from fastrnn.kernels.cuda.exchange import publisher, vector_of
+from fastrnn.kernels.cuda.exchange import LOOKS, publisher, vector_of
 from fastrnn.kernels.cuda.fragments import CHUNK, weights_in_a, weights_in_b
 from fastrnn.kernels.cuda.simple import D_C, D_H, D_OUTPUT, LENGTHS, RESET
 from fastrnn.kernels.cuda.text import STAGES, Kernel, formula, load_each, store_each
@@ -167,7 +167,7 @@ def make_forward(ops, shape):
     kept, load, multiply_tiles = _forward_products(ops, shape)
     begin, end = _forward_ends(ops, shape)
     gather, apply = _gather_sums(ops, shape), _apply(ops, shape)
-    word, some_words, some_sums = ops.uint32, 4 * CHUNK, 4 * _row_tiles(shape)
+    word, whole, some_words, some_sums = ops.uint32, ops.int32, 4 * CHUNK, 4 * _row_tiles(shape)
     states_of_items, sums_of_items = 2 * items, x_slots * items
 
     def kernel(
@@ -178,7 +178,8 @@ def make_forward(ops, shape):
         acc, gates = cuda.local.array(some_sums, number), cuda.local.array(slots, number)
         state, of_x = cuda.local.array(states_of_items, number), cuda.local.array(sums_of_items, number)
         biases = cuda.local.array(slots, number)
-        parts = cuda.shared.array(0, number)
+        patience, parts = cuda.local.array(1, whole), cuda.shared.array(0, number)
+        patience[0] = LOOKS
         z, unit0 = cuda.blockIdx.z, cuda.blockIdx.x * units
         unit = unit0 + cuda.threadIdx.x % units
         here = Here(T, B, tiles, given, reverse >> z & 1, unit0, unit, cuda.blockIdx.y * tile * tiles)
@@ -192,7 +193,7 @@ def make_forward(ops, shape):
         for s in range(T):
             t = T - 1 - s if here.backwards else s
             gather(here, t, sums, of_x)  # which does not wait for other blocks
-            multiply_tiles(here, s, t, w, words, acc, exchange, lengths, reset, parts, status)
+            multiply_tiles(here, s, t, w, words, acc, exchange, lengths, reset, parts, patience, status)
             cuda.syncthreads()
             apply(
                 here, s, t, state, gates, biases, of_x, parts, lengths, reset, exchange, output, row,
@@ -222,7 +223,7 @@ def _forward_products(ops, shape):
     def load(w, weights, unit0):
         load_words(w, weights, unit0, cuda.threadIdx.x // 32 * each)
 
-    def multiply_tiles(here, s, t, w, words, acc, exchange, lengths, reset, parts, status):
+    def multiply_tiles(here, s, t, w, words, acc, exchange, lengths, reset, parts, patience, status):
         warp, g, q = cuda.threadIdx.x // 32, cuda.threadIdx.x % 32 // 4, cuda.threadIdx.x % 4
         for n in range(here.tiles):
             for e in range(4 * row_tiles):
@@ -230,7 +231,7 @@ def _forward_products(ops, shape):
             b = here.row0 + n * tile + g
             needed = b < here.B and is_active(lengths, here.given, t, b)
             needed = needed and not is_reset(reset, here.given, t * here.B + b)
-            multiply(acc, w, words, exchange, (s * here.B + b) * vector.words, warp * each, needed, status)
+            multiply(acc, w, words, exchange, (s * here.B + b) * vector.words, warp * each, needed, patience, status)
             at = (((s % 2 * warps + warp) * here.tiles + n) * rows + g) * tile + 2 * q
             for e in range(row_tiles):
                 parts[at + 16 * e * tile], parts[at + 16 * e * tile + 1] = acc[4 * e], acc[4 * e + 1]
@@ -355,7 +356,7 @@ def make_backward(ops, shape):
     d_slots, h_slots, vector = len(stage.dgates), len(stage.h_blocks), backward_vector(shape)
     kept, load, multiply_tiles = _backward_products(ops, shape)
     begin, gather, apply = _begin_back(ops, shape), _gather_saved(ops, shape), _apply_back(ops, shape)
-    word, some_words, some_sums = ops.uint32, 8 * CHUNK, 4 * (units // 8)
+    word, whole, some_words, some_sums = ops.uint32, ops.int32, 8 * CHUNK, 4 * (units // 8)
     saved_of_items = len(stage.saved) * items
 
     def kernel(
@@ -367,7 +368,8 @@ def make_backward(ops, shape):
         dh, carried = cuda.local.array(items, number), cuda.local.array(items, number)
         saved, before = cuda.local.array(saved_of_items, number), cuda.local.array(items, number)
         asked = cuda.local.array(items, number)
-        parts = cuda.shared.array(0, number)
+        patience, parts = cuda.local.array(1, whole), cuda.shared.array(0, number)
+        patience[0] = LOOKS
         z, unit0 = cuda.blockIdx.z, cuda.blockIdx.x * units
         unit = unit0 + cuda.threadIdx.x % units
         here = Here(T, B, tiles, given, reverse >> z & 1, unit0, unit, cuda.blockIdx.y * tile * tiles)
@@ -382,7 +384,7 @@ def make_backward(ops, shape):
             if i_step < T:  # which does not wait for other blocks
                 gather(here, t, lengths, reset, d_output, directions, z, states, tape, c0, saved, before, asked)
             if i_step > 0:
-                multiply_tiles(here, i_step, later, w, words, acc, exchange, lengths, reset, parts, status)
+                multiply_tiles(here, i_step, later, w, words, acc, exchange, lengths, reset, parts, patience, status)
             cuda.syncthreads()
             apply(
                 here, i_step, t, later, dh, carried, saved, before, asked, dgates, parts, lengths, reset, exchange, d,
@@ -417,7 +419,7 @@ def _backward_products(ops, shape):
 
     is_needed = ops.device(is_needed)
 
-    def multiply_tiles(here, i_step, later, w, words, acc, exchange, lengths, reset, parts, status):
+    def multiply_tiles(here, i_step, later, w, words, acc, exchange, lengths, reset, parts, patience, status):
         warp, g, q = cuda.threadIdx.x // 32, cuda.threadIdx.x % 32 // 4, cuda.threadIdx.x % 4
         for n in range(here.tiles):
             for e in range(4 * unit_tiles):
@@ -428,7 +430,7 @@ def _backward_products(ops, shape):
                 needed8 = is_needed(here, later, b + 8, lengths, reset)
             row = (later * here.B + b) * vector.words
             multiply(
-                acc, w, words, exchange, row, row + 8 * vector.words, warp * each, needed, needed8, status
+                acc, w, words, exchange, row, row + 8 * vector.words, warp * each, needed, needed8, patience, status
             )  # fmt: skip
             at = (((i_step % 2 * warps + warp) * here.tiles + n) * tile + g) * units + 2 * q
             for e in range(unit_tiles):
