@@ -17,10 +17,11 @@ CHUNK = 4  # vectors of four words that a lane asks for at a time
 
 
 def in_turn(ops, functions):
-    """One function that calls some, for what the compiler would not unroll if it were one long loop."""
+    """One function that calls some, for what a compiler might not unroll if it were a loop: registers have no index."""
     if len(functions) == 1:
         return functions[0]
-    first, others = functions[0], in_turn(ops, functions[1:])
+    half = len(functions) // 2
+    first, others = in_turn(ops, functions[:half]), in_turn(ops, functions[half:])
 
     def both(*arguments):
         first(*arguments)
@@ -75,43 +76,44 @@ def weights_in_a(ops, mode_name, vector, tiles, weight):
     groups, multiply = vector.groups, multiplier(ops, mode_name, weights_first=True)
     word_at = _word_of_weights(ops, mode_name, vector, weight)
 
-    def load_part(part):
-        start_of_part, count = part
-
+    def load_group(tile, k):
         def load(w, weights, start, first):
             lane = ops.cuda.threadIdx.x % 32
-            for tile in range(tiles):
-                for k in range(start_of_part, start_of_part + count):
-                    for e in range(8):  # word e // 2 of a lane's four; row g, or g + 8
-                        place = first + GROUP * k + lane % 4 * 4 + e // 2
-                        row = 16 * tile + lane // 4 + e % 2 * 8
-                        w[(tile * groups + k) * 8 + e] = word_at(weights, start, row, place)
+            for e in range(8):  # word e // 2 of a lane's four; row g, or g + 8
+                place = first + GROUP * k + lane % 4 * 4 + e // 2
+                row = 16 * tile + lane // 4 + e % 2 * 8
+                w[(tile * groups + k) * 8 + e] = word_at(weights, start, row, place)
 
         return ops.device(load)
+
+    def multiply_words(k, a):
+        """Group k of the weights, and words a to a + 3 of the vector: two fragments."""
+
+        def multiply_two(sums, w, words):
+            for tile in range(tiles):
+                i = (tile * groups + k) * 8
+                multiply(sums, 4 * tile, w[i], w[i + 1], w[i + 2], w[i + 3], words[a], words[a + 1])
+                multiply(sums, 4 * tile, w[i + 4], w[i + 5], w[i + 6], w[i + 7], words[a + 2], words[a + 3])
+
+        return ops.device(multiply_two)
 
     def multiply_part(part):
         start_of_part, count = part
         fetch = fetcher(ops, mode_name, vector, count)
+        multiply_all = in_turn(ops, [multiply_words(start_of_part + k, 4 * k) for k in range(count)])
 
         def multiply_chunk(sums, w, words, exchange, row, first, here, patience, status):
             place = first + GROUP * start_of_part + ops.cuda.threadIdx.x % 4 * 4
             fetch(words, 0, exchange, row, place, here, patience, status)
             ops.sync_warp()
-            for k in range(count):
-                for j in range(2):
-                    for tile in range(tiles):
-                        i = (tile * groups + start_of_part + k) * 8 + 4 * j
-                        multiply(
-                            sums, 4 * tile, w[i], w[i + 1], w[i + 2], w[i + 3], words[4 * k + 2 * j],
-                            words[4 * k + 2 * j + 1],
-                        )  # fmt: skip
+            multiply_all(sums, w, words)
 
         return ops.device(multiply_chunk)
 
     parts = chunks(groups)
     return (
         8 * groups * tiles,
-        in_turn(ops, [load_part(part) for part in parts]),
+        in_turn(ops, [load_group(tile, k) for tile in range(tiles) for k in range(groups)]),
         in_turn(ops, [multiply_part(part) for part in parts]),
     )
 
@@ -127,22 +129,33 @@ def weights_in_b(ops, mode_name, vector, tiles, weight, rows):
     word_at = _word_of_weights(ops, mode_name, vector, weight)
     zero = ops.uint32(0)
 
-    def load_part(part):
-        start_of_part, count = part
-
+    def load_group(tile, k):
         def load(w, weights, start, first):
             lane = ops.cuda.threadIdx.x % 32
-            for tile in range(tiles):
-                for k in range(start_of_part, start_of_part + count):
-                    for e in range(4):
-                        place = first + GROUP * k + lane % 4 * 4 + e
-                        w[(tile * groups + k) * 4 + e] = word_at(weights, start, 8 * tile + lane // 4, place)
+            for e in range(4):
+                place = first + GROUP * k + lane % 4 * 4 + e
+                w[(tile * groups + k) * 4 + e] = word_at(weights, start, 8 * tile + lane // 4, place)
 
         return ops.device(load)
+
+    def multiply_words(k, a, a8):
+        """Group k of the weights, and words a to a + 3 of the vector, a8 to a8 + 3 of row g + 8's: two fragments."""
+
+        def multiply_two(sums, w, words):
+            b0, b1, b2, b3 = zero, zero, zero, zero
+            if rows == 16:
+                b0, b1, b2, b3 = words[a8], words[a8 + 1], words[a8 + 2], words[a8 + 3]
+            for tile in range(tiles):
+                i = (tile * groups + k) * 4
+                multiply(sums, 4 * tile, words[a], b0, words[a + 1], b1, w[i], w[i + 1])
+                multiply(sums, 4 * tile, words[a + 2], b2, words[a + 3], b3, w[i + 2], w[i + 3])
+
+        return ops.device(multiply_two)
 
     def multiply_part(part):
         start_of_part, count = part
         fetch = fetcher(ops, mode_name, vector, count)
+        multiply_all = in_turn(ops, [multiply_words(start_of_part + k, 4 * k, 4 * (count + k)) for k in range(count)])
 
         def multiply_chunk(sums, w, words, exchange, row, row8, first, here, here8, patience, status):
             place = first + GROUP * start_of_part + ops.cuda.threadIdx.x % 4 * 4
@@ -150,22 +163,14 @@ def weights_in_b(ops, mode_name, vector, tiles, weight, rows):
             if rows == 16:
                 fetch(words, 4 * count, exchange, row8, place, here8, patience, status)
             ops.sync_warp()
-            for k in range(count):
-                for j in range(2):
-                    a = 4 * k + 2 * j
-                    a1, a3 = zero, zero
-                    if rows == 16:
-                        a1, a3 = words[4 * count + a], words[4 * count + a + 1]
-                    for tile in range(tiles):
-                        i = (tile * groups + start_of_part + k) * 4 + 2 * j
-                        multiply(sums, 4 * tile, words[a], a1, words[a + 1], a3, w[i], w[i + 1])
+            multiply_all(sums, w, words)
 
         return ops.device(multiply_chunk)
 
     parts = chunks(groups)
     return (
         4 * groups * tiles,
-        in_turn(ops, [load_part(part) for part in parts]),
+        in_turn(ops, [load_group(tile, k) for tile in range(tiles) for k in range(groups)]),
         in_turn(ops, [multiply_part(part) for part in parts]),
     )
 

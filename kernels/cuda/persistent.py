@@ -65,6 +65,17 @@ def backward_kept(shape):
     return 4 * backward_vector(shape).groups * (shape.units // 8)
 
 
+def forward_registers(shape):
+    """Numbers that a thread has through a step: weights, sums, words of vectors, and what its items need."""
+    stage = STAGES[shape.stage]
+    return forward_kept(shape) + 4 * _row_tiles(shape) + 4 * CHUNK + shape.items * (2 + len(stage.x_blocks))
+
+
+def backward_registers(shape):
+    stage, words = STAGES[shape.stage], 4 * CHUNK * shape.tile // 8
+    return backward_kept(shape) + 4 * (shape.units // 8) + words + shape.items * (4 + len(stage.saved))
+
+
 def _row_tiles(shape):
     """Tiles of 16 rows of weights: a block's units for one gate after the other."""
     return -(-len(STAGES[shape.stage].h_blocks) * shape.units // 16)

@@ -14,9 +14,11 @@ from fastrnn.kernels.cuda.exchange import MODES
 from fastrnn.kernels.cuda.persistent import (
     Shape,
     backward_kept,
+    backward_registers,
     backward_shared,
     backward_vector,
     forward_kept,
+    forward_registers,
     forward_shared,
     forward_vector,
 )
@@ -25,8 +27,9 @@ WAYS = ("simple", "steps", "persistent")
 CAPABILITY = (8, 0)  # of a GPU, for the persistent kernels' instructions
 WARPS = 8
 UNITS = (8, 16, 32)  # of a block
-KEPT = 144  # words of weights that a thread can keep beside all else that it has in registers
-ITEMS = 8  # (unit, row) pairs of a thread, likewise
+# Of a thread, by the GPU's generation: what is counted below, of 255 registers. So many compile without spills, or with
+# a few outside the steps; for 8.x the assembler needs far more for the same text.
+REGISTERS = {8: 85, 9: 200, 10: 175}
 
 # Seconds. A model.
 EXCHANGE = 0.8e-6  # from a store in one block until another has the word
@@ -58,7 +61,8 @@ class Plan(NamedTuple):
 def choose(device, layer, size, dtype):
     """The plan for a layer. Raises ValueError if the way that is asked for cannot be gone."""
     capable = device.capability >= CAPABILITY
-    chips = device.multiprocessors, device.shared_memory
+    generation = max((known for known in REGISTERS if known <= device.capability[0]), default=8)
+    chips = device.multiprocessors, device.shared_memory, REGISTERS[generation]
     has_library = device.has_library
     return _choose(layer.cell, layer.mode, layer.way, size._replace(T=0), dtype, capable, chips, has_library)
 
@@ -105,7 +109,7 @@ def _layout(cell, mode, size, chips, back):
 
 
 def _fitting(cell, mode, size, chips, back, units, tile):
-    processors, shared_memory = chips
+    processors, shared_memory, registers = chips
     room = processors // (-(-size.H // units) * size.D)  # for groups of rows: a block on each multiprocessor
     if room == 0:
         return None
@@ -114,9 +118,8 @@ def _fitting(cell, mode, size, chips, back, units, tile):
     cell = CELLS[cell]
     items = -(-units * tile * tiles // (32 * WARPS))
     shape = Shape(cell.stages[0].name, mode, size.H, units, WARPS, tile, items, cell.tape)
-    kept = (backward_kept if back else forward_kept)(shape)
     shared = (backward_shared if back else forward_shared)(shape, tiles)
-    if kept > KEPT or shared > shared_memory or items > ITEMS:
+    if (backward_registers if back else forward_registers)(shape) > registers or shared > shared_memory:
         return None
     return Layout(shape, -(-all_tiles // tiles), tiles)
 
