@@ -27,9 +27,9 @@ WAYS = ("simple", "steps", "persistent")
 CAPABILITY = (8, 0)  # of a GPU, for the persistent kernels' instructions
 WARPS = 8
 UNITS = (8, 16, 32)  # of a block
-# Of a thread, by the GPU's generation: what is counted below, of 255 registers. So many compile without spills, or with
-# a few outside the steps; for 8.x the assembler needs far more for the same text.
-REGISTERS = {8: 85, 9: 200, 10: 175}
+# Of a thread, forward and on the way back, by the GPU's generation: of 255 registers those for what is counted in
+# `forward_registers`. So many compile without spills; for 8.x the assembler needs far more for the same text.
+REGISTERS = {8: (85, 85), 9: (170, 200), 10: (175, 175)}
 
 # Seconds. A model.
 EXCHANGE = 0.8e-6  # from a store in one block until another has the word
@@ -119,7 +119,7 @@ def _fitting(cell, mode, size, chips, back, units, tile):
     items = -(-units * tile * tiles // (32 * WARPS))
     shape = Shape(cell.stages[0].name, mode, size.H, units, WARPS, tile, items, cell.tape)
     shared = (backward_shared if back else forward_shared)(shape, tiles)
-    if (backward_registers if back else forward_registers)(shape) > registers or shared > shared_memory:
+    if (backward_registers if back else forward_registers)(shape) > registers[back] or shared > shared_memory:
         return None
     return Layout(shape, -(-all_tiles // tiles), tiles)
 
