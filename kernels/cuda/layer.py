@@ -63,19 +63,17 @@ class Tape(NamedTuple):
     tape: Any
 
 
-def forward(layer, x, initial, options, *, output=None, row=None, column=0, training=False, recompute=False):
+def forward(layer, x, initial, options, *, training=False, recompute=False):
     """Run the layer.
 
-    x is (T, B, I), the initial states (D, B, .), where D may be left out if it is 1. Returns the output (T, B, row), in
-    which direction d has W columns from `column` + d W on (is modified if given), the final states and a Tape or None.
+    x is (T, B, I), the initial states (D, B, .), where D may be left out if it is 1. Returns the output (T, B, D W),
+    the final states and a Tape or None.
     """
     device, cell = layer.device, CELLS[layer.cell]
     (T, B, I), (columns, W), D = x.shape, layer.params[0]["weight_hh"].shape, len(layer.params)
     H = columns // cell.gates
     size = Size(T, B, H, W, D)
-    if output is None:
-        row = D * W
-        output = device.empty((T, B, row), x.dtype)
+    output = device.empty((T, B, D * W), x.dtype)
     final = tuple(device.empty(state.shape, state.dtype) for state in initial)
     weights = _weights(layer, D)
     plan = states = tape = None
@@ -84,11 +82,12 @@ def forward(layer, x, initial, options, *, output=None, row=None, column=0, trai
         weights_ih = [given["weight_ih"] for given in layer.params]
         sums = parameters.sums_of_x(device, layer.cell, size, x, I, weights_ih, layer.mode)
         bias = parameters.bias_of_slots(device, layer.cell, size, layer.params)
-        states = device.empty((D, T + 1, B, W), x.dtype)
+        if (training and not recompute) or plan.way != "persistent":
+            states = device.empty((D, T + 1, B, W), x.dtype)
         if training and not recompute:
             tape = device.empty((D, T, B, cell.tape, H), x.dtype)
         _walk(
-            plan, device, layer.cell, size, sums, weights, bias, initial, final, output, row, column, states,
+            plan, device, layer.cell, size, sums, weights, bias, initial, final, output, D * W, 0, states,
             lengths=options.lengths, reset=options.reset, tape=tape, reverse=options.reverse,
         )  # fmt: skip
     else:
