@@ -262,6 +262,19 @@ def test_the_pattern_of_what_is_missing_is_no_number(cell, mode):
     assert np.isfinite(results["dx"][:, 1]).all()
 
 
+@pytest.mark.parametrize("mode", ["", "-tf32", "-bfloat16", "-float16"])
+def test_infinity_stays_infinity(mode):
+    one = task("rnn_relu", 3, 2, 4, 5)
+    one.state[0][0, 1] = np.inf
+    params = {**one.params, "weight_hh": np.abs(one.params["weight_hh"]) + np.float32(0.1)}
+    output, (h,), _ = backend(f"cuda{mode}-persistent", simulated_device()).forward(
+        "rnn_relu", one.x, params, one.state
+    )
+    assert np.isposinf(output[:, 0]).all()
+    assert np.isposinf(h[0]).all()
+    assert np.isfinite(output[:, 1]).all()
+
+
 def test_a_lost_block_is_an_error_and_not_a_wait_for_ever(monkeypatch):
     monkeypatch.setattr(persistent, "LOOKS", 50)
     one = task("gru", 3, 2, 4, 20)

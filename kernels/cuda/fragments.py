@@ -39,10 +39,10 @@ def multiplier(ops, mode_name, *, weights_first):
     """A function (sums, at, a0, a1, a2, a3, b0, b1): sums[at : at + 4] += A B, of fragments (sums is modified)."""
     mma, three = ops.FORMATS[mode_name].mma, MODES[mode_name].products == 3
     upper_a, upper_b = (ops.upper_again, ops.upper) if weights_first else (ops.upper, ops.upper_again)
-    number_of, word_of = ops.number_of, ops.word_of
+    number_of, word_of, nothing = ops.number_of, ops.word_of, ops.uint32(0)
 
     def lower(x, upper):
-        return word_of(number_of(x) - number_of(upper))
+        return nothing if x == upper else word_of(number_of(x) - number_of(upper))  # infinity has no rest
 
     lower = ops.device(lower)
 
