@@ -177,6 +177,19 @@ def test_layers(name, batched):
         np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize(("T", "B"), [(0, 3), (4, 0)])
+def test_layers_with_nothing_to_do(T, B):
+    results = []
+    for kind in ("cuda", "reference"):
+        layer = layers("GRU", kind)
+        x, state = np.zeros((B, T, 5), np.float32), np.ones((6, B, 6), np.float32)
+        output, last, tape = layer.forward(x, state)
+        made = layer.backward(tape, np.ones_like(output), np.ones_like(last))
+        results.append([*flat(output, last, made.x, made.state, made.params)])
+    for ours, expected in zip(*results, strict=True):
+        np.testing.assert_array_equal(ours, expected)
+
+
 def test_both_directions_are_one_launch(simulated):
     layer = fastrnn.GRU(5, 6, bidirectional=True, backend="cuda-persistent")
     x = np.zeros((3, 2, 5), np.float32)

@@ -267,8 +267,9 @@ def make_before(ops, dtype):
 def scaled(device, a, b):
     """A new buffer with a * b, of buffers of one shape."""
     target = device.empty(a.shape, a.dtype)
-    kernel = Kernel(make_scaled, (a.dtype.name,), (f"{a.dtype.name}*",) * 3 + ("int64",), COPY_THREADS)
-    device.launch(kernel, (_blocks(device, a.size), 1, 1), [a, b, target, a.size])
+    if a.size:
+        kernel = Kernel(make_scaled, (a.dtype.name,), (f"{a.dtype.name}*",) * 3 + ("int64",), COPY_THREADS)
+        device.launch(kernel, (_blocks(device, a.size), 1, 1), [a, b, target, a.size])
     return target
 
 
@@ -287,8 +288,9 @@ def swapped(device, a):
     """A new buffer with a's first two axes swapped, of three."""
     n, m, each = a.shape
     target = device.empty((m, n, each), a.dtype)
-    kernel = Kernel(make_swapped, (a.dtype.name,), (f"{a.dtype.name}*",) * 2 + ("int64",) * 3, COPY_THREADS)
-    device.launch(kernel, (_blocks(device, a.size), 1, 1), [a, target, n, m, each])
+    if a.size:
+        kernel = Kernel(make_swapped, (a.dtype.name,), (f"{a.dtype.name}*",) * 2 + ("int64",) * 3, COPY_THREADS)
+        device.launch(kernel, (_blocks(device, a.size), 1, 1), [a, target, n, m, each])
     return target
 
 
