@@ -25,6 +25,7 @@ class Layer(NamedTuple):
     params: tuple[dict, ...]  # PyTorch's, one dict for each direction
     mode: str = "float32"  # how the products of a walk are made: see exchange.MODES
     way: str | None = None  # "simple", "steps" or "persistent"; None: the fastest
+    kept: dict | None = None  # what is made of the parameters, where these stay as they are
 
 
 class Options(NamedTuple):
@@ -75,19 +76,19 @@ def forward(layer, x, initial, options, *, training=False, recompute=False):
     size = Size(T, B, H, W, D)
     output = device.empty((T, B, D * W), x.dtype)
     final = tuple(device.empty(state.shape, state.dtype) for state in initial)
-    weights = _weights(layer, D)
+    weights = _kept(layer, "weights", lambda: _weights(layer, D))
     plan = states = tape = None
     if T and B:
         plan = choose(device, layer, size, x.dtype.name)
         weights_ih = [given["weight_ih"] for given in layer.params]
         sums = parameters.sums_of_x(device, layer.cell, size, x, I, weights_ih, layer.mode)
-        bias = parameters.bias_of_slots(device, layer.cell, size, layer.params)
+        bias = _kept(layer, "bias", lambda: parameters.bias_of_slots(device, layer.cell, size, layer.params))
         if (training and not recompute) or plan.way != "persistent":
             states = device.empty((D, T + 1, B, W), x.dtype)
         if training and not recompute:
             tape = device.empty((D, T, B, cell.tape, H), x.dtype)
         _walk(
-            plan, device, layer.cell, size, sums, weights, bias, initial, final, output, D * W, 0, states,
+            layer, plan, size, sums, weights, bias, initial, final, output, D * W, 0, states,
             lengths=options.lengths, reset=options.reset, tape=tape, reverse=options.reverse,
         )  # fmt: skip
     else:
@@ -124,13 +125,14 @@ def backward(tape, d_output, d_final):
     return dx, dparams, d_initial
 
 
-def _walk(plan, device, cell, size, sums, weights, *arguments, **options):
+def _walk(layer, plan, size, sums, weights, *arguments, **options):
+    device, cell = layer.device, layer.cell
     if plan.way == "persistent":
         persistent.forward(device, plan, cell, size, sums, weights, *arguments, **options)
     elif plan.way == "steps":
         steps.forward(device, cell, size, sums, weights, *arguments, mode=plan.mode, **options)
     else:
-        weights = simple.transposed(device, cell, size, weights)
+        weights = _kept(layer, "transposed", lambda: simple.transposed(device, cell, size, weights))
         simple.forward(device, cell, size, sums, weights, *arguments, **options)
 
 
@@ -141,6 +143,15 @@ def _walk_back(plan, device, *arguments, **options):
         steps.backward(device, *arguments, mode=plan.mode, **options)
     else:
         simple.backward(device, *arguments, **options)
+
+
+def _kept(layer, name, make):
+    """What `make` makes of the parameters, once for layers that keep it."""
+    if layer.kept is None:
+        return make()
+    if name not in layer.kept:
+        layer.kept[name] = make()
+    return layer.kept[name]
 
 
 def _weights(layer, D):

@@ -80,7 +80,7 @@ class Stack:
             parts = [{name: device.upload(array) for name, array in part.items()} for part in self.parts]
             D, cell = self.directions, layer.name_of(self.cell, parts[0])
             layers = [
-                layer.Layer(device, cell, tuple(parts[k : k + D]), self.backend.mode, self.backend.way)
+                layer.Layer(device, cell, tuple(parts[k : k + D]), self.backend.mode, self.backend.way, {})
                 for k in range(0, len(parts), D)
             ]
             self._uploaded[device] = [array.copy() for array in arrays], layers
