@@ -398,6 +398,20 @@ class Prepared:
         scratch = [_scratch(*self.stages, size, crew.row1 - crew.row0, self.dtype) for crew in crews]
         return Plan(self, key, size, crews, scratch, length)
 
+    def tape(self, x, state, output, column, kept, *, lengths=None, reset=None, reverse=False) -> Tape:
+        """The tape that :meth:`forward` returned, again, from its arguments, its output and its ``tape.walk.tape``.
+
+        For a caller who can keep arrays, but no objects.
+        """
+        rows = _sort(lengths, *x.shape[:2])
+        ld = -(-self.hidden // _line(self.dtype)) * _line(self.dtype)
+        size, checksum = Sizes(*x.shape, self.hidden, self.h, ld, 2), self.packed().checksum if self.keep else 0
+        walk = Sequences(
+            x, output, output.shape[2], column, kept, self.cell.tape * self.hidden, 0, rows.order, rows.active,
+            _none(np.bool_) if reset is None else reset, reverse,
+        )  # fmt: skip
+        return Tape(self, size, rows, walk, [tuple([s[None] for s in state])], False, checksum)
+
     def back_plan(self, tape) -> BackPlan:
         """How to go back: the last plan if it was for such a tape."""
         walk, rows, size = tape.walk, tape.rows, tape.size

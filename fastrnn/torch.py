@@ -1,0 +1,988 @@
+"""PyTorch: RNN, LSTM and GRU in place of those of torch.nn, with their arguments, parameters and results.
+
+>>> import torch
+>>> from fastrnn.torch import LSTM
+>>> lstm = LSTM(8, 16, num_layers=2)
+>>> output, (h, c) = lstm(torch.zeros(20, 4, 8))  # time, batch, input
+>>> output.sum().backward()
+>>> lstm.weight_hh_l0.grad.shape
+torch.Size([64, 16])
+
+`replace_` puts them into a model that is there already. They compute in float32 and float64, on the CPU with as many
+threads as `fastrnn.set_num_threads` says, and not PyTorch's; tensors on an NVIDIA GPU take the backend "cuda".
+
+Where they differ from torch.nn's: ``lengths=`` and ``reset=`` may be given; a sequence of no steps is one, too; under
+autocast they compute, and return, what their parameters are of; there are neither second nor forward-mode derivatives,
+no transforms of torch.func, no TorchScript. All of these raise an exception.
+"""
+
+import math
+import numbers
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+try:
+    import torch
+except ImportError as error:
+    message = "fastrnn.torch needs PyTorch, and it cannot be imported: pip install 'fastrnn[torch]', or see pytorch.org"
+    raise ImportError(message) from error
+
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
+from torch.nn.utils.rnn import PackedSequence
+
+from fastrnn import backend as backends
+from fastrnn import functional
+
+__all__ = ["GRU", "LSTM", "RNN", "from_torch", "replace_", "restore_", "to_torch"]
+
+Array = np.ndarray
+
+_DTYPES = (torch.float32, torch.float64)
+_NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
+
+
+class _Spec(NamedTuple):
+    """What the sizes of the parameters do not tell."""
+
+    cell: str
+    each: int  # parameters of a direction of a layer: 2, or 4 with biases; and 1 for a projection
+    directions: int
+
+    @property
+    def names(self) -> list[str]:
+        return [*_NAMES[: self.each // 2 * 2], *_NAMES[4 : 4 + self.each % 2]]
+
+    def split(self, params: Sequence[Any]) -> list[dict[str, Any]]:
+        """Return the parameters of each layer and direction by name."""
+        names, each = self.names, self.each
+        return [dict(zip(names, params[at : at + each], strict=True)) for at in range(0, len(params), each)]
+
+
+# ---- the stack of layers, on NumPy arrays that are contiguous and checked
+
+
+def _arrays(tensors: Iterable[Tensor]) -> list[Array]:
+    """Return arrays that share the tensors' memory, where these are in order."""
+    return [functional.contiguous(tensor.detach().contiguous().numpy()) for tensor in tensors]
+
+
+def _tensor(array: Array) -> Tensor:
+    return torch.from_numpy(array)
+
+
+def _prepare(spec: _Spec, params: Sequence[Tensor]) -> list[Any]:
+    """Return each layer's directions in the hands of the backend, which notices when the numbers change."""
+    prepare = backends.load("cpu").prepare
+    return [prepare(spec.cell, part) for part in spec.split(_arrays(params))]
+
+
+def _initial(spec: _Spec, prepared: list[Any], h: Array | None, c: Array | None, B: int) -> tuple[Array, ...]:
+    """Return the initial states, each (layers · directions, B, size)."""
+    one = prepared[0]
+    if h is None:
+        h = np.zeros((len(prepared), B, one.h), one.dtype)
+    if spec.cell != "lstm":
+        return (h,)
+    return h, np.zeros((len(prepared), B, one.hidden), one.dtype) if c is None else c
+
+
+def _forward(
+    spec: _Spec,
+    prepared: list[Any],
+    x: Array,
+    states: tuple[Array, ...],
+    masks: Sequence[Array],
+    lengths: Array | None,
+    reset: Array | None,
+    training: bool,
+) -> tuple[Array, list[Array], list[Array]]:
+    """Return the output, the last states, and what `_backward` needs: outputs of the layers below, and tapes."""
+    D, W = spec.directions, prepared[0].h
+    outputs, tapes, last = [], [], []
+    for k, one in enumerate(prepared):
+        d = k % D
+        if d == 0:
+            if k:
+                outputs.append(output)
+                x = output * masks[k // D - 1] if masks else output
+            # Both directions write into one buffer, which is the next layer's input as it is.
+            output = np.empty((*x.shape[:2], D * W), one.dtype)
+        options = {"lengths": lengths, "reset": reset, "reverse": d == 1, "training": training}
+        _, new, tape = one.forward(x, tuple([s[k] for s in states]), **options, output=output, column=d * W)
+        last.append(new)
+        if training:
+            tapes.append(tape.walk.tape)
+    return output, [np.stack(same) for same in zip(*last, strict=True)], [*outputs, *tapes] if training else []
+
+
+def _backward(
+    spec: _Spec,
+    prepared: list[Any],
+    x: Array,
+    states: tuple[Array, ...],
+    masks: Sequence[Array],
+    output: Array,
+    kept: Sequence[Array],
+    lengths: Array | None,
+    reset: Array | None,
+    d_output: Array | None,
+    d_states: Sequence[Array | None],
+) -> tuple[Array, list[Array], list[Array]]:
+    """Return the gradients of x, of the initial states and of the parameters."""
+    D, W, K = spec.directions, prepared[0].h, len(prepared)
+    backward = backends.load("cpu").backward
+    outputs, tapes = [*kept[: K // D - 1], output], kept[K // D - 1 :]
+    d_params: list[dict[str, Array]] = [{}] * K
+    d_initial: list[Any] = [None] * K
+    gradient = d_output
+    for layer in reversed(range(K // D)):
+        below = outputs[layer - 1] if layer else x
+        below = below * masks[layer - 1] if layer and masks else below
+        dx = None
+        for d in range(D):
+            k = layer * D + d
+            own = tuple([s[k] for s in states])
+            options = {"lengths": lengths, "reset": reset, "reverse": d == 1}
+            tape = prepared[k].tape(below, own, outputs[layer], d * W, tapes[k], **options)
+            columns = gradient if gradient is None or D == 1 else gradient[..., d * W : (d + 1) * W]
+            d_last = tuple([None if s is None else s[k] for s in d_states])
+            dx_d, d_params[k], d_initial[k] = backward(
+                tape,
+                None if columns is None else np.ascontiguousarray(columns),
+                None if all(s is None for s in d_last) else d_last,
+            )
+            dx = dx_d if dx is None else np.add(dx, dx_d, out=dx)
+        gradient = dx
+        if layer and masks:
+            gradient *= masks[layer - 1]
+    assert gradient is not None
+    d_start = [np.stack([s.reshape(s.shape[-2:]) for s in same]) for same in zip(*d_initial, strict=True)]
+    return gradient, d_start, [part[name] for part in d_params for name in spec.names]
+
+
+# ---- the operators, for torch.compile, torch.export and all who look into a program
+
+_SCHEMAS = (
+    "forward(Tensor x, Tensor? h, Tensor? c, Tensor[] params, Tensor[] masks, Tensor? lengths, Tensor? reset, "
+    "str cell, int each, int directions, bool training) -> (Tensor, Tensor, Tensor, Tensor[])",
+    "backward(Tensor? d_output, Tensor? d_h, Tensor? d_c, Tensor x, Tensor? h, Tensor? c, Tensor output, "
+    "Tensor[] params, Tensor[] masks, Tensor[] kept, Tensor? lengths, Tensor? reset, str cell, int each, "
+    "int directions) -> (Tensor, Tensor, Tensor, Tensor[])",
+)
+
+
+def _optional(tensor: Tensor | None) -> Array | None:
+    return None if tensor is None else _arrays([tensor])[0]
+
+
+def _rows(lengths: Any, reset: Any, T: int, B: int) -> tuple[Array | None, Array | None]:
+    return functional.check_lengths(lengths, T, B), functional.check_reset(reset, (T, B), "(T, B)")
+
+
+def _forward_op(
+    x: Tensor,
+    h: Tensor | None,
+    c: Tensor | None,
+    params: list[Tensor],
+    masks: list[Tensor],
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    cell: str,
+    each: int,
+    directions: int,
+    training: bool,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    spec, T, B = _Spec(cell, each, directions), x.shape[0], x.shape[1]
+    prepared = _prepare(spec, params)
+    states = _initial(spec, prepared, _optional(h), _optional(c), B)
+    rows = _rows(lengths, reset, T, B)
+    output, last, kept = _forward(spec, prepared, _arrays([x])[0], states, _arrays(masks), *rows, training)
+    c_n = _tensor(last[1]) if len(last) == 2 else x.new_empty(0)
+    return _tensor(output), _tensor(last[0]), c_n, [_tensor(array) for array in kept]
+
+
+def _backward_op(
+    d_output: Tensor | None,
+    d_h: Tensor | None,
+    d_c: Tensor | None,
+    x: Tensor,
+    h: Tensor | None,
+    c: Tensor | None,
+    output: Tensor,
+    params: list[Tensor],
+    masks: list[Tensor],
+    kept: list[Tensor],
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    cell: str,
+    each: int,
+    directions: int,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    spec, T, B = _Spec(cell, each, directions), x.shape[0], x.shape[1]
+    prepared = _prepare(spec, params)
+    states = _initial(spec, prepared, _optional(h), _optional(c), B)
+    rows = _rows(lengths, reset, T, B)
+    d_states = [_optional(d_h), _optional(d_c)][: len(states)]
+    arrays = _arrays([x])[0], states, _arrays(masks), *_arrays([output]), _arrays(kept)
+    dx, d_start, d_params = _backward(spec, prepared, *arrays, *rows, _optional(d_output), d_states)
+    dc = _tensor(d_start[1]) if len(d_start) == 2 else x.new_empty(0)
+    return _tensor(dx), _tensor(d_start[0]), dc, [_tensor(array) for array in d_params]
+
+
+def _sizes(spec: _Spec, params: Sequence[Tensor]) -> tuple[int, int, int]:
+    """Return how many layers and directions there are, the size of h and that of a cell."""
+    W = params[1].shape[1]
+    return len(params) // spec.each, W, params[spec.each - 1].shape[1] if spec.each % 2 else W
+
+
+def _forward_shapes(
+    x: Tensor,
+    h: Tensor | None,
+    c: Tensor | None,
+    params: list[Tensor],
+    masks: list[Tensor],
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    cell: str,
+    each: int,
+    directions: int,
+    training: bool,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    from fastrnn.kernels import cells
+
+    T, B, _ = x.shape
+    K, W, H = _sizes(_Spec(cell, each, directions), params)
+    kept = []
+    if training:
+        kind = cells.LSTM_PROJECTED if each % 2 else cells.CELLS[cell]
+        kept = [x.new_empty(T, B, directions * W) for _ in range(K // directions - 1)]
+        kept += [x.new_empty(T * B * kind.tape * H) for _ in range(K)]
+    c_n = x.new_empty(K, B, H) if cell == "lstm" else x.new_empty(0)
+    return x.new_empty(T, B, directions * W), x.new_empty(K, B, W), c_n, kept
+
+
+def _backward_shapes(
+    d_output: Tensor | None,
+    d_h: Tensor | None,
+    d_c: Tensor | None,
+    x: Tensor,
+    h: Tensor | None,
+    c: Tensor | None,
+    output: Tensor,
+    params: list[Tensor],
+    masks: list[Tensor],
+    kept: list[Tensor],
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    cell: str,
+    each: int,
+    directions: int,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    B, (K, W, H) = x.shape[1], _sizes(_Spec(cell, each, directions), params)
+    dc = x.new_empty(K, B, H) if cell == "lstm" else x.new_empty(0)
+    return x.new_empty(x.shape), x.new_empty(K, B, W), dc, [param.new_empty(param.shape) for param in params]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    x, h, c, params, masks, lengths, reset, *ctx.options, ctx.training = inputs
+    result, _, _, kept = output
+    ctx.counts = len(params), len(masks)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, h, c, result, lengths, reset, *params, *masks, *kept)
+
+
+def _go_back(ctx: Any, d_output: Any, d_h: Any, d_c: Any, d_kept: Any) -> tuple[Any, ...]:
+    if not ctx.training:
+        raise RuntimeError("fastrnn::forward was called with training=False: call it with True to go back through it")
+    x, h, c, output, lengths, reset, *others = ctx.saved_tensors
+    P, M = ctx.counts
+    params, masks, kept = others[:P], others[P : P + M], others[P + M :]
+    if d_output is None and d_h is None and d_c is None:
+        return (None, None, None, [None] * P, [None] * M, *[None] * 6)
+    dx, dh, dc, d_params = torch.ops.fastrnn.backward.default(
+        d_output, d_h, d_c, x, h, c, output, params, masks, kept, lengths, reset, *ctx.options
+    )
+    return (dx, None if h is None else dh, None if c is None else dc, d_params, [None] * M, *[None] * 6)
+
+
+def _no_second_derivatives(ctx: Any, *gradients: Any) -> None:
+    raise RuntimeError(
+        "fastrnn's layers have no second derivatives: take torch.nn's where they are needed, "
+        "fastrnn.torch.restore_(model)"
+    )
+
+
+def _register() -> Any:
+    """Make the operators known to PyTorch, and return what has to live as long as they."""
+    library = torch.library.Library("fastrnn", "FRAGMENT")
+    for schema in _SCHEMAS:
+        library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    library.impl("forward", _forward_op, "CPU")
+    library.impl("backward", _backward_op, "CPU")
+    torch.library.register_fake("fastrnn::forward", _forward_shapes, lib=library)
+    torch.library.register_fake("fastrnn::backward", _backward_shapes, lib=library)
+    torch.library.register_autograd("fastrnn::forward", _go_back, setup_context=_save, lib=library)
+    torch.library.register_autograd("fastrnn::backward", _no_second_derivatives, lib=library)
+    return library
+
+
+if "_library" not in globals():  # they can be defined once only, and importlib.reload() comes here again
+    _library = _register()
+
+
+# ---- the short way past the dispatcher, for plain tensors
+
+
+class _OnCPU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, call: tuple[Any, ...], x: Tensor, h: Any, c: Any, *params: Tensor) -> tuple[Tensor, ...]:
+        spec, prepared, masks, *rows = call
+        states = _initial(spec, prepared, _optional(h), _optional(c), x.shape[1])
+        output, last, kept = _forward(spec, prepared, _arrays([x])[0], states, _arrays(masks), *rows, training=True)
+        result = _tensor(output)
+        # All that is large goes through PyTorch's hands, which free it early, or compute it again for a checkpoint.
+        ctx.save_for_backward(x, h, c, result, *params, *masks, *map(_tensor, kept))
+        ctx.call, ctx.counts = (spec, prepared, rows), (len(params), len(masks))
+        ctx.set_materialize_grads(False)
+        return (result, *map(_tensor, last))
+
+    @staticmethod
+    def backward(ctx: Any, d_output: Any, *d_last: Any) -> tuple[Any, ...]:
+        if d_output is None and all(d is None for d in d_last):
+            return (None,) * (4 + ctx.counts[0])
+        x, h, c, output, *others = ctx.saved_tensors
+        (P, M), (spec, prepared, rows) = ctx.counts, ctx.call
+        params, masks, kept = others[:P], others[P : P + M], others[P + M :]
+        if torch.is_grad_enabled():  # a graph of the gradients is wanted: one that raises where it is used
+            d_h, d_c = (*d_last, None)[:2]
+            lengths, reset = (None if array is None else _tensor(array) for array in rows)
+            tensors = x, h, c, output, params, masks, kept, lengths, reset
+            dx, dh, dc, d_params = torch.ops.fastrnn.backward.default(d_output, d_h, d_c, *tensors, *spec)
+            return (None, dx, None if h is None else dh, None if c is None else dc, *d_params)
+        states = _initial(spec, prepared, _optional(h), _optional(c), x.shape[1])
+        arrays = _arrays([x])[0], states, _arrays(masks), *_arrays([output]), _arrays(kept)
+        given = _optional(d_output), [_optional(d) for d in d_last]
+        dx, d_start, d_array = _backward(spec, prepared, *arrays, *rows, *given)
+        starts = (*map(_tensor, d_start), None)[:2]
+        d_states = [None if start is None else d for start, d in zip((h, c), starts, strict=True)]
+        return (None, _tensor(dx), *d_states, *map(_tensor, d_array))
+
+
+class _OnGPU(torch.autograd.Function):
+    """One layer in one direction, on tensors on an NVIDIA GPU."""
+
+    @staticmethod
+    def forward(ctx: Any, call: tuple[Any, ...], x: Tensor, h: Any, c: Any, *params: Tensor) -> tuple[Tensor, ...]:
+        spec, options, ctx.given = call[0], call[1], (h is not None, c is not None)
+        named = dict(zip(spec.names, [param.detach().contiguous() for param in params], strict=True))
+        state = None if h is None else (h.detach().contiguous(),)
+        if state is not None and c is not None:
+            state = (*state, c.detach().contiguous())
+        x_now = x.detach().contiguous()
+        output, last, ctx.tape = functional.forward(spec.cell, x_now, named, state, backend="cuda", **options)
+        ctx.names = spec.names
+        # What the tape refers to, so that PyTorch notices where it has been changed.
+        ctx.save_for_backward(x, h, c, output, *params)
+        ctx.set_materialize_grads(False)
+        return (output, *last)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_output: Any, *d_last: Any) -> tuple[Any, ...]:
+        if d_output is None and all(d is None for d in d_last):
+            return (None,) * (4 + len(ctx.names))
+        _ = ctx.saved_tensors
+        given = [None if d is None else d.contiguous() for d in (d_output, *d_last)]
+        dx, d_params, d_start = functional.backward(ctx.tape, given[0], tuple(given[1:]))
+        d_states = [d if there else None for d, there in zip((*d_start, None)[:2], ctx.given, strict=True)]
+        return (None, dx, *d_states, *(d_params[name] for name in ctx.names))
+
+
+def _run_on_gpu(
+    spec: _Spec, x: Tensor, h: Any, c: Any, params: Sequence[Tensor], masks: Sequence[Tensor], rows: Any, training: bool
+) -> tuple[Tensor, ...]:
+    lengths, reset = rows
+    D, parts, outputs = spec.directions, [], []
+    for k in range(len(params) // spec.each):
+        if k % D == 0 and k:
+            x = torch.cat(outputs, -1) if D > 1 else outputs[0]
+            x, outputs = x * masks[k // D - 1] if masks else x, []
+        options = {"lengths": lengths, "reset": reset, "reverse": k % D == 1, "training": training}
+        own = [None if s is None else s[k] for s in (h, c)]
+        output, *last = _OnGPU.apply((spec, options), x, *own, *params[k * spec.each : (k + 1) * spec.each])
+        outputs.append(output)
+        parts.append(last)
+    result = torch.cat(outputs, -1) if D > 1 else outputs[0]
+    return (result, *(torch.stack(same) for same in zip(*parts, strict=True)))
+
+
+# ---- the modules
+
+
+def _is_plain(tensor: Any) -> bool:
+    return type(tensor) is Tensor or type(tensor) is Parameter
+
+
+class _Recurrent(torch.nn.Module):
+    """What RNN, LSTM and GRU share: all but their arguments and formulas."""
+
+    __constants__ = (
+        "mode input_size hidden_size num_layers bias batch_first dropout bidirectional proj_size".split()
+    )
+
+    def __init__(
+        self,
+        mode: str,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int,
+        bias: bool,
+        batch_first: bool,
+        dropout: float,
+        bidirectional: bool,
+        proj_size: int = 0,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        # These are torch.nn's exceptions.
+        if not isinstance(dropout, numbers.Real) or not 0 <= dropout <= 1 or isinstance(dropout, bool):
+            raise ValueError(f"dropout should be a number in range [0, 1], and is {dropout!r}")
+        for name, flag in (("bias", bias), ("batch_first", batch_first)):
+            if not isinstance(flag, bool):
+                raise TypeError(f"{name} should be of type bool, got: {type(flag).__name__}")
+        for name, size in (("input_size", input_size), ("hidden_size", hidden_size), ("num_layers", num_layers)):
+            if not isinstance(size, int):
+                raise TypeError(f"{name} should be of type int, got: {type(size).__name__}")
+            if size <= 0:
+                raise ValueError(f"{name} must be greater than zero")
+        if proj_size < 0:
+            raise ValueError("proj_size should be a positive integer or zero to disable projections")
+        if proj_size >= hidden_size:
+            raise ValueError("proj_size has to be smaller than hidden_size")
+        if dropout > 0 and num_layers == 1:
+            message = f"dropout is {dropout}, which does nothing with num_layers=1: it acts between layers"
+            warnings.warn(message, stacklevel=3)
+        self.mode = mode
+        self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
+        self.bias, self.batch_first, self.dropout = bias, batch_first, float(dropout)
+        self.bidirectional, self.proj_size = bool(bidirectional), proj_size
+
+        D, W, rows = 1 + self.bidirectional, proj_size or hidden_size, _GATES[mode] * hidden_size
+        self._spec = _Spec(mode.lower(), 2 + 2 * bias + (proj_size > 0), D)
+        self._all_weights: list[list[str]] = []
+        self._shapes: list[tuple[int, ...]] = []
+        for layer in range(num_layers):
+            shapes = {
+                "weight_ih": (rows, input_size if layer == 0 else W * D),
+                "weight_hh": (rows, W),
+                "bias_ih": (rows,),
+                "bias_hh": (rows,),
+                "weight_hr": (proj_size, hidden_size),
+            }
+            for ending in ("", "_reverse")[:D]:
+                names = self._spec.names
+                self._all_weights.append([f"{name}_l{layer}{ending}" for name in names])
+                self._shapes += [shapes[name] for name in names]
+        self._flat_weights_names = [name for names in self._all_weights for name in names]
+        for name, shape in zip(self._flat_weights_names, self._shapes, strict=True):
+            setattr(self, name, Parameter(torch.empty(shape, device=device, dtype=dtype)))
+        self._kept: Any = None  # the parameters in the backend's hands, and where they stand in memory
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the parameters from the uniform distribution in ±1/sqrt(hidden_size), as torch.nn does."""
+        bound = 1.0 / math.sqrt(self.hidden_size)
+        for parameter in self.parameters():
+            torch.nn.init.uniform_(parameter, -bound, bound)
+
+    def flatten_parameters(self) -> None:
+        """Do nothing: parameters need not stand in one piece of memory here."""
+
+    @property
+    def all_weights(self) -> list[list[Any]]:
+        """The parameters of each layer and direction."""
+        return [[getattr(self, name) for name in names] for names in self._all_weights]
+
+    @property
+    def _flat_weights(self) -> list[Any]:
+        own = self._parameters
+        # As attributes where they are not the module's own: parametrizations and others compute them at each call.
+        return [getattr(self, name) if own.get(name) is None else own[name] for name in self._flat_weights_names]
+
+    def extra_repr(self) -> str:
+        options = {
+            "proj_size": 0, "num_layers": 1, "bias": True, "batch_first": False, "dropout": 0, "bidirectional": False,
+        }  # fmt: skip
+        shown = [f"{name}={getattr(self, name)}" for name, usual in options.items() if getattr(self, name) != usual]
+        return ", ".join([str(self.input_size), str(self.hidden_size), *shown])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": None}
+
+    def _replicate_for_data_parallel(self) -> Any:
+        replica = super()._replicate_for_data_parallel()
+        replica._kept = None
+        return replica
+
+    def _apply(self, *arguments: Any, **options: Any) -> Any:
+        self._kept = None  # or the memory that the parameters leave would stay
+        return super()._apply(*arguments, **options)
+
+    def _run(
+        self, input: Any, hx: Any, lengths: Any, reset: Any
+    ) -> tuple[Any, tuple[Tensor, ...]]:
+        """Return the output, and the last states as a tuple."""
+        if isinstance(input, PackedSequence):
+            return self._run_packed(input, hx, lengths, reset)
+        if not isinstance(input, Tensor):
+            raise TypeError(f"input is a {type(input).__name__}, expected a tensor or a PackedSequence")
+        _check_layout(input)
+        if input.dim() not in (2, 3):
+            raise ValueError(f"{self._name()}: Expected input to be 2D or 3D, got {input.dim()}D tensor instead")
+        params = self._flat_weights
+        input = self._check_input(input, params)
+        batched = input.dim() == 3
+        if not batched:
+            x = input.unsqueeze(1)
+        else:
+            x = input.transpose(0, 1) if self.batch_first else input
+        T, B, _ = x.shape
+        h, c = self._check_states(hx, x, B, batched)
+        lengths = _check_lengths(lengths, B, batched)
+        reset = self._check_reset(reset, T, B, batched)
+        masks = self._masks((T, B), x) if self.training and self.dropout else []
+        output, *last = self._compute(x, h, c, params, masks, lengths, reset)
+        if not batched:
+            return output.squeeze(1), tuple([s.squeeze(1) for s in last])
+        return output.transpose(0, 1) if self.batch_first else output, tuple(last)
+
+    def _run_packed(self, input: PackedSequence, hx: Any, lengths: Any, reset: Any) -> tuple[Any, tuple[Tensor, ...]]:
+        """Run over sequences by decreasing length, which is how they stand in it."""
+        if lengths is not None or reset is not None:
+            which = "reset" if lengths is None else "lengths"
+            raise ValueError(f"{which} is given with a PackedSequence, expected padded input, with lengths in its place")
+        data, batch_sizes, order, back = input
+        if data.dim() != 2:
+            raise RuntimeError(f"input must have 2 dimensions, got {data.dim()}")
+        _check_layout(data)
+        params = self._flat_weights
+        data = self._check_input(data, params)
+        T, B = len(batch_sizes), int(batch_sizes[0])
+
+        def pad(packed: Tensor) -> tuple[Tensor, Tensor]:
+            return torch._VF._pad_packed_sequence(packed, batch_sizes, False, 0.0, T)
+
+        x, lengths = pad(data)
+        h, c = self._check_states(hx, x, B, batched=True)
+        if order is not None:
+            h, c = (None if s is None else s.index_select(1, order) for s in (h, c))
+        # In torch.nn's layout, and so with its random numbers.
+        masks = self._masks(data.shape[:1], x) if self.training and self.dropout else []
+        masks = [pad(mask)[0] for mask in masks]
+        output, *last = self._compute(x, h, c, params, masks, lengths, None)
+        output, _ = torch._VF._pack_padded_sequence(output, lengths, False)
+        if back is not None:
+            last = [s.index_select(1, back) for s in last]
+        return PackedSequence(output, batch_sizes, order, back), tuple(last)
+
+    def _compute(
+        self, x: Tensor, h: Any, c: Any, params: list[Tensor], masks: list[Tensor], lengths: Any, reset: Any
+    ) -> Sequence[Tensor]:
+        """Choose the way, and return the output and the last states."""
+        spec = self._spec
+        given = [tensor for tensor in (x, h, c, *params) if tensor is not None]
+        training = torch.is_grad_enabled() and any([tensor.requires_grad for tensor in given])
+        compiling = torch.compiler.is_compiling()
+        if not compiling:
+            if torch._C._are_functorch_transforms_active():
+                raise NotImplementedError(
+                    "fastrnn's layers know no transforms of torch.func: take torch.nn's for them, "
+                    "fastrnn.torch.restore_(model)"
+                )
+            if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in given):
+                raise NotImplementedError(
+                    "fastrnn's layers have no forward-mode derivatives: take torch.nn's for them, "
+                    "fastrnn.torch.restore_(model)"
+                )
+        plain = not compiling and torch._C._len_torch_dispatch_stack() == 0 and torch._C._get_tracing_state() is None
+        if plain and all(map(_is_plain, given)):
+            if x.device.type == "cpu":
+                T, B, _ = x.shape
+                rows = (None, None) if lengths is None and reset is None else _rows(lengths, reset, T, B)
+                prepared = self._prepare(params)
+                if training:
+                    return _OnCPU.apply((spec, prepared, masks, *rows), x, h, c, *params)
+                return self._infer(prepared, x, h, c, masks, rows)
+            if x.device.type == "cuda":
+                rows = _rows(lengths, reset, *x.shape[:2])
+                return _run_on_gpu(spec, x, h, c, params, masks, rows, training)
+        if x.device.type == "cuda":
+            raise NotImplementedError(
+                "fastrnn's layers are not compiled, traced or exported on a GPU: mark what calls them with "
+                "torch.compiler.disable, or move the model and its input to the CPU"
+            )
+        output, h_n, c_n, _ = torch.ops.fastrnn.forward.default(
+            x, h, c, params, masks, lengths, reset, *spec, training
+        )
+        return (output, h_n, c_n) if spec.cell == "lstm" else (output, h_n)
+
+    def _infer(
+        self, prepared: list[Any], x: Tensor, h: Any, c: Any, masks: list[Tensor], rows: tuple[Any, Any]
+    ) -> Sequence[Tensor]:
+        x_now, h_now, c_now = _arrays([x])[0], _optional(h), _optional(c)
+        T, B, I = x_now.shape
+        if len(prepared) == 1 and rows == (None, None):
+            given = [state for state in (h_now, c_now) if state is not None]
+            result = prepared[0].again(x_now.reshape(T * B, I), T, tuple(given) if given else None)
+            if result is not None:
+                return (_tensor(result[0].reshape(T, B, -1)), *map(_tensor, result[1]))
+        states = _initial(self._spec, prepared, h_now, c_now, B)
+        output, last, _ = _forward(self._spec, prepared, x_now, states, _arrays(masks), *rows, training=False)
+        return (_tensor(output), *map(_tensor, last))
+
+    def _prepare(self, params: list[Tensor]) -> list[Any]:
+        """Return the parameters in the hands of the backend: those of the last call where they stand there still."""
+        place = [param.data_ptr() for param in params]
+        kept = self._kept
+        if kept is not None and kept[0] == place and kept[1][0].dtype.itemsize == params[0].element_size():
+            if all([param.is_contiguous() for param in params]):
+                return kept[1]
+        prepared = _prepare(self._spec, params)
+        # What is computed for one call, or was copied, is not what the next call will see.
+        if all(type(param) is Parameter for param in params):
+            arrays = [part.params[name] for part in prepared for name in self._spec.names]
+            if [array.ctypes.data for array in arrays] == place:
+                self.__dict__["_kept"] = place, prepared
+        return prepared
+
+    def _masks(self, shape: Sequence[int], x: Tensor) -> list[Tensor]:
+        """Draw what dropout multiplies by between layers, of torch.nn's random numbers."""
+        p, width = self.dropout, self._spec.directions * (self.proj_size or self.hidden_size)
+        masks = [torch.empty((*shape, width), dtype=x.dtype, device=x.device) for _ in range(1, self.num_layers)]
+        return [mask.zero_() if p == 1 else mask.bernoulli_(1 - p).div_(1 - p) for mask in masks]
+
+    # Checks: their exceptions are those of torch.nn, where there are such.
+
+    def _name(self) -> str:
+        return self.mode.partition("_")[0]
+
+    def _check_input(self, input: Tensor, params: list[Tensor]) -> Tensor:
+        """Return the input in the parameters' dtype."""
+        dtype, device = params[0].dtype, params[0].device
+        if dtype not in _DTYPES:
+            raise TypeError(_dtype_message("the parameters are", dtype, "the model and its input"))
+        if device.type not in ("cpu", "cuda", "meta"):
+            raise TypeError(f"the parameters are on {device}, expected the CPU or an NVIDIA GPU: move the model, to('cpu')")
+        for param, shape, name in zip(params, self._shapes, self._flat_weights_names, strict=True):
+            if param.shape != shape:
+                raise RuntimeError(f"{name} has shape {tuple(param.shape)}, expected {shape}")
+            if param.dtype != dtype or param.device != device:
+                first = self._flat_weights_names[0]
+                raise ValueError(f"{name} is {param.dtype} on {param.device}, and {first} is {dtype} on {device}")
+        if input.device != device:
+            raise RuntimeError(
+                "Input and parameter tensors are not at the same device, "
+                f"found input tensor at {input.device} and parameter tensor at {device}"
+            )
+        if input.dtype != dtype:
+            if input.is_floating_point() and torch.is_autocast_enabled(device.type):
+                input = input.to(dtype)
+            elif input.dtype not in _DTYPES:
+                raise TypeError(_dtype_message("input is", input.dtype, "it"))
+            else:
+                raise ValueError(
+                    f"RNN input dtype ({input.dtype}) does not match weight dtype ({dtype}). "
+                    f"Convert input: input.to({dtype}), or convert model: model.to({input.dtype})"
+                )
+        if input.shape[-1] != self.input_size:
+            raise RuntimeError(
+                "input.size(-1) must be equal to input_size. "
+                f"Expected {self.input_size}, got {input.shape[-1]}"
+            )
+        return input
+
+    def _check_states(self, hx: Any, x: Tensor, B: int, batched: bool) -> tuple[Any, Any]:
+        """Return h and c as (layers · directions, B, size), or None."""
+        if hx is None:
+            return None, None
+        lstm = self.mode == "LSTM"
+        if lstm and not (isinstance(hx, (tuple, list)) and len(hx) == 2):
+            raise TypeError(f"hx is a {type(hx).__name__}, expected a tuple (h_0, c_0)")
+        states = list(hx) if lstm else [hx]
+        sizes = [self.proj_size or self.hidden_size, self.hidden_size]
+        for i, state in enumerate(states):
+            name = f"hidden[{i}]" if lstm else "hidden"
+            if not isinstance(state, Tensor):
+                raise TypeError(f"{name} is a {type(state).__name__}, expected a tensor")
+            _check_layout(state)
+            if state.dim() != 2 + batched:
+                kind, hidden = ("batched 3", "hx and cx") if batched else ("unbatched 2", "hx and cx")
+                hidden = hidden if lstm else "hx"
+                raise RuntimeError(
+                    f"For {kind}-D input, {hidden} should also be {2 + batched}-D but got {state.dim()}-D tensor"
+                )
+            state = state if batched else state.unsqueeze(1)
+            expected = (len(self._all_weights), B, sizes[i])
+            if state.shape != expected:
+                raise RuntimeError(f"Expected {name} size {expected}, got {list(state.shape)}")
+            if state.device != x.device:
+                raise RuntimeError(
+                    "Input and hidden tensors are not at the same device, "
+                    f"found input tensor at {x.device} and hidden tensor at {state.device}"
+                )
+            if state.dtype != x.dtype:
+                if not (state.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
+                    raise ValueError(f"{name} is {state.dtype} and input is {x.dtype}, expected the same: {name}.to({x.dtype})")
+                state = state.to(x.dtype)
+            states[i] = state
+        return (states[0], states[1]) if lstm else (states[0], None)
+
+    def _check_reset(self, reset: Any, T: int, B: int, batched: bool) -> Tensor | None:
+        """Return `reset` as (T, B) on the CPU."""
+        if reset is None:
+            return None
+        reset = _as_tensor("reset", reset)
+        if reset.dtype != torch.bool:
+            raise TypeError(f"reset is {reset.dtype}, expected torch.bool: reset.bool()")
+        first = batched and self.batch_first
+        shape, letters = ((B, T) if first else (T, B), "(B, T)" if first else "(T, B)") if batched else ((T,), "(T,)")
+        if reset.shape != shape:
+            raise ValueError(f"reset has shape {tuple(reset.shape)}, expected {letters} = {shape}")
+        if not batched:
+            return reset.unsqueeze(1)
+        return reset.transpose(0, 1) if first else reset
+
+
+def _check_lengths(lengths: Any, B: int, batched: bool) -> Tensor | None:
+    """Return `lengths` as a tensor (B,) of integers; their values are looked at where the work is done."""
+    if lengths is None:
+        return None
+    lengths = _as_tensor("lengths", lengths)
+    if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
+        if lengths.numel():
+            raise TypeError(f"lengths is {lengths.dtype}, expected integers")
+    shape = (B,) if batched else ()
+    if lengths.shape != shape:
+        wanted = f"({B},): an integer for each row" if batched else "(): an integer"
+        raise ValueError(f"lengths has shape {tuple(lengths.shape)}, expected {wanted}")
+    return lengths.reshape(-1).to(torch.int64)
+
+
+def _as_tensor(name: str, value: Any) -> Tensor:
+    if not isinstance(value, Tensor):
+        try:
+            value = torch.as_tensor(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"{name} cannot be read as a tensor: {error}") from error
+    if value.device.type not in ("cpu", "meta"):
+        raise TypeError(f"{name} is on {value.device}, expected the CPU: {name}.cpu()")
+    return value
+
+
+def _check_layout(tensor: Tensor) -> None:
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        raise TypeError(f"a tensor is nested or of layout {tensor.layout}, expected a dense one: to_dense(), or pad it")
+
+
+def _dtype_message(what: str, dtype: torch.dtype, cast: str) -> str:
+    if dtype.is_complex:
+        return f"{what} {dtype}, expected torch.float32 or torch.float64: complex numbers are not supported"
+    return f"{what} {dtype}, expected torch.float32 or torch.float64: cast {cast} with .float()"
+
+
+_GATES = {"RNN_TANH": 1, "RNN_RELU": 1, "LSTM": 4, "GRU": 3}
+
+
+class RNN(_Recurrent):
+    """Elman's recurrent layer, in place of ``torch.nn.RNN``; the formula is that of `fastrnn.RNN`.
+
+    Parameters
+    ----------
+    input_size, hidden_size : int
+        Sizes of the input and of h.
+    num_layers : int
+        How many layers are stacked, each on the output of the one before.
+    nonlinearity : str
+        "tanh" or "relu".
+    bias : bool
+        Whether there are biases.
+    batch_first : bool
+        Whether the input and the output are (B, T, size) in place of (T, B, size). The states are as they are.
+    dropout : float
+        With what probability each element is set to zero that goes from one layer to the next, while training.
+    bidirectional : bool
+        Whether a second direction runs backward in time; the output is [forward, reverse].
+    device, dtype
+        Of the parameters.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As torch.nn's.
+
+    Examples
+    --------
+    >>> rnn = RNN(3, 5, nonlinearity="relu", bidirectional=True)
+    >>> output, h = rnn(torch.zeros(7, 4, 3), lengths=[7, 2, 0, 5])
+    >>> output.shape, h.shape
+    (torch.Size([7, 4, 10]), torch.Size([2, 4, 5]))
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        nonlinearity: str = "tanh",
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        if nonlinearity not in ("tanh", "relu"):
+            raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
+        sizes = input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional
+        super().__init__(f"RNN_{nonlinearity.upper()}", *sizes, device=device, dtype=dtype)
+        self.nonlinearity = nonlinearity
+
+    def forward(
+        self, input: Any, hx: Tensor | None = None, *, lengths: Any = None, reset: Any = None
+    ) -> tuple[Any, Tensor]:
+        """Run the layer over a batch of sequences.
+
+        Parameters
+        ----------
+        input : Tensor or PackedSequence
+            (T, B, input_size); (B, T, input_size) with batch_first; (T, input_size) for one sequence without a batch.
+        hx : Tensor, optional
+            The initial h, (layers · directions, B, hidden_size), without B if the input is without; zeros by default.
+        lengths : (B,) integers, optional
+            How many steps each row has, 0 to T, in any order; an integer if the input is without B. On the CPU. The
+            output is 0 beyond them, and the last state that of the row's last step.
+        reset : booleans, optional
+            (T, B); (B, T) with batch_first; (T,) without B. Where true, the row's state is zero before that step. On
+            the CPU.
+
+        Returns
+        -------
+        output : Tensor or PackedSequence
+            As the input, the last layer's h of every step.
+        h_n : Tensor
+            The last state, as hx.
+
+        Raises
+        ------
+        TypeError
+            If an argument is of a wrong kind, dtype or device.
+        RuntimeError, ValueError
+            If a shape or a value is wrong, as torch.nn's.
+        NotImplementedError
+            For what is not supported; see `fastrnn.torch`.
+        """
+        output, (h_n,) = self._run(input, hx, lengths, reset)
+        return output, h_n
+
+
+class LSTM(_Recurrent):
+    """Long short-term memory, in place of ``torch.nn.LSTM``; the formula is that of `fastrnn.LSTM`.
+
+    Parameters
+    ----------
+    input_size, hidden_size : int
+        Sizes of the input and of c.
+    num_layers, bias, batch_first, dropout, bidirectional
+        As for `RNN`.
+    proj_size : int
+        The size of h if it is projected, less than hidden_size; 0 for no projection.
+    device, dtype
+        Of the parameters.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As torch.nn's.
+
+    Examples
+    --------
+    >>> lstm = LSTM(3, 5, num_layers=2, proj_size=2, batch_first=True)
+    >>> output, (h, c) = lstm(torch.zeros(4, 7, 3))
+    >>> output.shape, h.shape, c.shape
+    (torch.Size([4, 7, 2]), torch.Size([2, 4, 2]), torch.Size([2, 4, 5]))
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        sizes = input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size
+        super().__init__("LSTM", *sizes, device=device, dtype=dtype)
+
+    def forward(
+        self, input: Any, hx: tuple[Tensor, Tensor] | None = None, *, lengths: Any = None, reset: Any = None
+    ) -> tuple[Any, tuple[Tensor, Tensor]]:
+        """Run the layer over a batch of sequences; hx and the last state are (h, c). Else as `RNN.forward`."""
+        output, (h_n, c_n) = self._run(input, hx, lengths, reset)
+        return output, (h_n, c_n)
+
+
+class GRU(_Recurrent):
+    """Gated recurrent unit, in place of ``torch.nn.GRU``; the formula is the first of `fastrnn.GRU`.
+
+    Parameters
+    ----------
+    input_size, hidden_size : int
+        Sizes of the input and of h.
+    num_layers, bias, batch_first, dropout, bidirectional, device, dtype
+        As for `RNN`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As torch.nn's.
+
+    Examples
+    --------
+    >>> gru = GRU(3, 5)
+    >>> output, h = gru(torch.zeros(7, 3))  # one sequence without a batch
+    >>> output.shape, h.shape
+    (torch.Size([7, 5]), torch.Size([1, 5]))
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        sizes = input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional
+        super().__init__("GRU", *sizes, device=device, dtype=dtype)
+
+    def forward(
+        self, input: Any, hx: Tensor | None = None, *, lengths: Any = None, reset: Any = None
+    ) -> tuple[Any, Tensor]:
+        """Run the layer over a batch of sequences. As `RNN.forward`."""
+        output, (h_n,) = self._run(input, hx, lengths, reset)
+        return output, h_n
