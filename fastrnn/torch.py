@@ -41,6 +41,7 @@ from fastrnn import functional
 __all__ = ["GRU", "LSTM", "RNN", "from_torch", "replace_", "restore_", "to_torch"]
 
 Array = np.ndarray
+Rows = tuple[Array | None, Array | None]  # lengths and reset, checked
 
 _DTYPES = (torch.float32, torch.float64)
 _NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
@@ -97,13 +98,13 @@ def _forward(
     x: Array,
     states: tuple[Array, ...],
     masks: Sequence[Array],
-    lengths: Array | None,
-    reset: Array | None,
+    rows: Rows,
     training: bool,
 ) -> tuple[Array, list[Array], list[Array]]:
     """Return the output, the last states, and what `_backward` needs: outputs of the layers below, and tapes."""
-    D, W = spec.directions, prepared[0].h
-    outputs, tapes, last = [], [], []
+    (lengths, reset), D, W = rows, spec.directions, prepared[0].h
+    outputs: list[Array] = []
+    tapes, last, output = [], [], x
     for k, one in enumerate(prepared):
         d = k % D
         if d == 0:
@@ -126,14 +127,13 @@ def _backward(
     x: Array,
     states: tuple[Array, ...],
     masks: Sequence[Array],
-    output: Array,
-    kept: Sequence[Array],
-    lengths: Array | None,
-    reset: Array | None,
+    tape: tuple[Array, Sequence[Array]],
+    rows: Rows,
     d_output: Array | None,
     d_states: Sequence[Array | None],
 ) -> tuple[Array, list[Array], list[Array]]:
-    """Return the gradients of x, of the initial states and of the parameters."""
+    """Return the gradients of x, the initial states and the parameters; `tape` is the output and what was kept."""
+    (output, kept), (lengths, reset) = tape, rows
     D, W, K = spec.directions, prepared[0].h, len(prepared)
     backward = backends.load("cpu").backward
     outputs, tapes = [*kept[: K // D - 1], output], kept[K // D - 1 :]
@@ -148,11 +148,11 @@ def _backward(
             k = layer * D + d
             own = tuple([s[k] for s in states])
             options = {"lengths": lengths, "reset": reset, "reverse": d == 1}
-            tape = prepared[k].tape(below, own, outputs[layer], d * W, tapes[k], **options)
+            one = prepared[k].tape(below, own, outputs[layer], d * W, tapes[k], **options)
             columns = gradient if gradient is None or D == 1 else gradient[..., d * W : (d + 1) * W]
             d_last = tuple([None if s is None else s[k] for s in d_states])
             dx_d, d_params[k], d_initial[k] = backward(
-                tape,
+                one,
                 None if columns is None else np.ascontiguousarray(columns),
                 None if all(s is None for s in d_last) else d_last,
             )
@@ -180,7 +180,7 @@ def _optional(tensor: Tensor | None) -> Array | None:
     return None if tensor is None else _arrays([tensor])[0]
 
 
-def _rows(lengths: Any, reset: Any, T: int, B: int) -> tuple[Array | None, Array | None]:
+def _rows(lengths: Any, reset: Any, T: int, B: int) -> Rows:
     return functional.check_lengths(lengths, T, B), functional.check_reset(reset, (T, B), "(T, B)")
 
 
@@ -201,7 +201,7 @@ def _forward_op(
     prepared = _prepare(spec, params)
     states = _initial(spec, prepared, _optional(h), _optional(c), B)
     rows = _rows(lengths, reset, T, B)
-    output, last, kept = _forward(spec, prepared, _arrays([x])[0], states, _arrays(masks), *rows, training)
+    output, last, kept = _forward(spec, prepared, _arrays([x])[0], states, _arrays(masks), rows, training)
     c_n = _tensor(last[1]) if len(last) == 2 else x.new_empty(0)
     return _tensor(output), _tensor(last[0]), c_n, [_tensor(array) for array in kept]
 
@@ -228,8 +228,11 @@ def _backward_op(
     states = _initial(spec, prepared, _optional(h), _optional(c), B)
     rows = _rows(lengths, reset, T, B)
     d_states = [_optional(d_h), _optional(d_c)][: len(states)]
-    arrays = _arrays([x])[0], states, _arrays(masks), *_arrays([output]), _arrays(kept)
-    dx, d_start, d_params = _backward(spec, prepared, *arrays, *rows, _optional(d_output), d_states)
+    x_now, output_now = _arrays([x, output])
+    tape = output_now, _arrays(kept)
+    dx, d_start, d_params = _backward(
+        spec, prepared, x_now, states, _arrays(masks), tape, rows, _optional(d_output), d_states
+    )
     dc = _tensor(d_start[1]) if len(d_start) == 2 else x.new_empty(0)
     return _tensor(dx), _tensor(d_start[0]), dc, [_tensor(array) for array in d_params]
 
@@ -341,9 +344,9 @@ if "_library" not in globals():  # they can be defined once only, and importlib.
 class _OnCPU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: tuple[Any, ...], x: Tensor, h: Any, c: Any, *params: Tensor) -> tuple[Tensor, ...]:
-        spec, prepared, masks, *rows = call
+        spec, prepared, masks, rows = call
         states = _initial(spec, prepared, _optional(h), _optional(c), x.shape[1])
-        output, last, kept = _forward(spec, prepared, _arrays([x])[0], states, _arrays(masks), *rows, training=True)
+        output, last, kept = _forward(spec, prepared, _arrays([x])[0], states, _arrays(masks), rows, training=True)
         result = _tensor(output)
         # All that is large goes through PyTorch's hands, which free it early, or compute it again for a checkpoint.
         ctx.save_for_backward(x, h, c, result, *params, *masks, *map(_tensor, kept))
@@ -365,12 +368,14 @@ class _OnCPU(torch.autograd.Function):
             dx, dh, dc, d_params = torch.ops.fastrnn.backward.default(d_output, d_h, d_c, *tensors, *spec)
             return (None, dx, None if h is None else dh, None if c is None else dc, *d_params)
         states = _initial(spec, prepared, _optional(h), _optional(c), x.shape[1])
-        arrays = _arrays([x])[0], states, _arrays(masks), *_arrays([output]), _arrays(kept)
-        given = _optional(d_output), [_optional(d) for d in d_last]
-        dx, d_start, d_array = _backward(spec, prepared, *arrays, *rows, *given)
+        x_now, output_now = _arrays([x, output])
+        tape, d_states = (output_now, _arrays(kept)), [_optional(d) for d in d_last]
+        dx, d_start, d_array = _backward(
+            spec, prepared, x_now, states, _arrays(masks), tape, rows, _optional(d_output), d_states
+        )
         starts = (*map(_tensor, d_start), None)[:2]
-        d_states = [None if start is None else d for start, d in zip((h, c), starts, strict=True)]
-        return (None, _tensor(dx), *d_states, *map(_tensor, d_array))
+        wanted = [None if start is None else d for start, d in zip((h, c), starts, strict=True)]
+        return (None, _tensor(dx), *wanted, *map(_tensor, d_array))
 
 
 class _OnGPU(torch.autograd.Function):
@@ -380,9 +385,7 @@ class _OnGPU(torch.autograd.Function):
     def forward(ctx: Any, call: tuple[Any, ...], x: Tensor, h: Any, c: Any, *params: Tensor) -> tuple[Tensor, ...]:
         spec, options, ctx.given = call[0], call[1], (h is not None, c is not None)
         named = dict(zip(spec.names, [param.detach().contiguous() for param in params], strict=True))
-        state = None if h is None else (h.detach().contiguous(),)
-        if state is not None and c is not None:
-            state = (*state, c.detach().contiguous())
+        state = [s.detach().contiguous() for s in (h, c) if s is not None] or None
         x_now = x.detach().contiguous()
         output, last, ctx.tape = functional.forward(spec.cell, x_now, named, state, backend="cuda", **options)
         ctx.names = spec.names
@@ -407,7 +410,8 @@ def _run_on_gpu(
     spec: _Spec, x: Tensor, h: Any, c: Any, params: Sequence[Tensor], masks: Sequence[Tensor], rows: Any, training: bool
 ) -> tuple[Tensor, ...]:
     lengths, reset = rows
-    D, parts, outputs = spec.directions, [], []
+    D, parts = spec.directions, []
+    outputs: list[Tensor] = []
     for k in range(len(params) // spec.each):
         if k % D == 0 and k:
             x = torch.cat(outputs, -1) if D > 1 else outputs[0]
@@ -431,9 +435,22 @@ def _is_plain(tensor: Any) -> bool:
 class _Recurrent(torch.nn.Module):
     """What RNN, LSTM and GRU share: all but their arguments and formulas."""
 
-    __constants__ = (
-        "mode input_size hidden_size num_layers bias batch_first dropout bidirectional proj_size".split()
-    )
+    mode: str
+    input_size: int
+    hidden_size: int
+    num_layers: int
+    bias: bool
+    batch_first: bool
+    dropout: float
+    bidirectional: bool
+    proj_size: int
+    training: bool
+    _spec: _Spec
+    _flat_weights_names: list[str]
+    _all_weights: list[list[str]]
+    _shapes: list[tuple[int, ...]]
+
+    __constants__ = "mode input_size hidden_size num_layers bias batch_first dropout bidirectional proj_size".split()
 
     def __init__(
         self,
@@ -475,8 +492,7 @@ class _Recurrent(torch.nn.Module):
 
         D, W, rows = 1 + self.bidirectional, proj_size or hidden_size, _GATES[mode] * hidden_size
         self._spec = _Spec(mode.lower(), 2 + 2 * bias + (proj_size > 0), D)
-        self._all_weights: list[list[str]] = []
-        self._shapes: list[tuple[int, ...]] = []
+        self._all_weights, self._shapes = [], []
         for layer in range(num_layers):
             shapes = {
                 "weight_ih": (rows, input_size if layer == 0 else W * D),
@@ -534,9 +550,7 @@ class _Recurrent(torch.nn.Module):
         self._kept = None  # or the memory that the parameters leave would stay
         return super()._apply(*arguments, **options)
 
-    def _run(
-        self, input: Any, hx: Any, lengths: Any, reset: Any
-    ) -> tuple[Any, tuple[Tensor, ...]]:
+    def _run(self, input: Any, hx: Any, lengths: Any, reset: Any) -> tuple[Any, tuple[Tensor, ...]]:
         """Return the output, and the last states as a tuple."""
         if isinstance(input, PackedSequence):
             return self._run_packed(input, hx, lengths, reset)
@@ -566,7 +580,7 @@ class _Recurrent(torch.nn.Module):
         """Run over sequences by decreasing length, which is how they stand in it."""
         if lengths is not None or reset is not None:
             which = "reset" if lengths is None else "lengths"
-            raise ValueError(f"{which} is given with a PackedSequence, expected padded input, with lengths in its place")
+            raise ValueError(f"{which} is given with a PackedSequence, expected padded input with lengths")
         data, batch_sizes, order, back = input
         if data.dim() != 2:
             raise RuntimeError(f"input must have 2 dimensions, got {data.dim()}")
@@ -597,7 +611,7 @@ class _Recurrent(torch.nn.Module):
         """Choose the way, and return the output and the last states."""
         spec = self._spec
         given = [tensor for tensor in (x, h, c, *params) if tensor is not None]
-        training = torch.is_grad_enabled() and any([tensor.requires_grad for tensor in given])
+        training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
         compiling = torch.compiler.is_compiling()
         if not compiling:
             if torch._C._are_functorch_transforms_active():
@@ -617,7 +631,7 @@ class _Recurrent(torch.nn.Module):
                 rows = (None, None) if lengths is None and reset is None else _rows(lengths, reset, T, B)
                 prepared = self._prepare(params)
                 if training:
-                    return _OnCPU.apply((spec, prepared, masks, *rows), x, h, c, *params)
+                    return _OnCPU.apply((spec, prepared, masks, rows), x, h, c, *params)
                 return self._infer(prepared, x, h, c, masks, rows)
             if x.device.type == "cuda":
                 rows = _rows(lengths, reset, *x.shape[:2])
@@ -627,13 +641,11 @@ class _Recurrent(torch.nn.Module):
                 "fastrnn's layers are not compiled, traced or exported on a GPU: mark what calls them with "
                 "torch.compiler.disable, or move the model and its input to the CPU"
             )
-        output, h_n, c_n, _ = torch.ops.fastrnn.forward.default(
-            x, h, c, params, masks, lengths, reset, *spec, training
-        )
+        output, h_n, c_n, _ = torch.ops.fastrnn.forward.default(x, h, c, params, masks, lengths, reset, *spec, training)
         return (output, h_n, c_n) if spec.cell == "lstm" else (output, h_n)
 
     def _infer(
-        self, prepared: list[Any], x: Tensor, h: Any, c: Any, masks: list[Tensor], rows: tuple[Any, Any]
+        self, prepared: list[Any], x: Tensor, h: Any, c: Any, masks: list[Tensor], rows: Rows
     ) -> Sequence[Tensor]:
         x_now, h_now, c_now = _arrays([x])[0], _optional(h), _optional(c)
         T, B, I = x_now.shape
@@ -643,22 +655,25 @@ class _Recurrent(torch.nn.Module):
             if result is not None:
                 return (_tensor(result[0].reshape(T, B, -1)), *map(_tensor, result[1]))
         states = _initial(self._spec, prepared, h_now, c_now, B)
-        output, last, _ = _forward(self._spec, prepared, x_now, states, _arrays(masks), *rows, training=False)
+        output, last, _ = _forward(self._spec, prepared, x_now, states, _arrays(masks), rows, training=False)
         return (_tensor(output), *map(_tensor, last))
 
     def _prepare(self, params: list[Tensor]) -> list[Any]:
         """Return the parameters in the hands of the backend: those of the last call where they stand there still."""
         place = [param.data_ptr() for param in params]
         kept = self._kept
-        if kept is not None and kept[0] == place and kept[1][0].dtype.itemsize == params[0].element_size():
-            if all([param.is_contiguous() for param in params]):
-                return kept[1]
+        if kept is not None and kept[0] == place and kept[1] is params[0].dtype:
+            for param in params:
+                if not param.is_contiguous():  # another view of what stands there
+                    break
+            else:
+                return kept[2]
         prepared = _prepare(self._spec, params)
         # What is computed for one call, or was copied, is not what the next call will see.
         if all(type(param) is Parameter for param in params):
             arrays = [part.params[name] for part in prepared for name in self._spec.names]
             if [array.ctypes.data for array in arrays] == place:
-                self.__dict__["_kept"] = place, prepared
+                self.__dict__["_kept"] = place, params[0].dtype, prepared
         return prepared
 
     def _masks(self, shape: Sequence[int], x: Tensor) -> list[Tensor]:
@@ -678,7 +693,7 @@ class _Recurrent(torch.nn.Module):
         if dtype not in _DTYPES:
             raise TypeError(_dtype_message("the parameters are", dtype, "the model and its input"))
         if device.type not in ("cpu", "cuda", "meta"):
-            raise TypeError(f"the parameters are on {device}, expected the CPU or an NVIDIA GPU: move the model, to('cpu')")
+            raise TypeError(f"the parameters are on {device}, expected the CPU or an NVIDIA GPU: move them, to('cpu')")
         for param, shape, name in zip(params, self._shapes, self._flat_weights_names, strict=True):
             if param.shape != shape:
                 raise RuntimeError(f"{name} has shape {tuple(param.shape)}, expected {shape}")
@@ -702,8 +717,7 @@ class _Recurrent(torch.nn.Module):
                 )
         if input.shape[-1] != self.input_size:
             raise RuntimeError(
-                "input.size(-1) must be equal to input_size. "
-                f"Expected {self.input_size}, got {input.shape[-1]}"
+                f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {input.shape[-1]}"
             )
         return input
 
@@ -738,7 +752,7 @@ class _Recurrent(torch.nn.Module):
                 )
             if state.dtype != x.dtype:
                 if not (state.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
-                    raise ValueError(f"{name} is {state.dtype} and input is {x.dtype}, expected the same: {name}.to({x.dtype})")
+                    raise ValueError(f"{name} is {state.dtype}, expected the input's {x.dtype}: {name}.to({x.dtype})")
                 state = state.to(x.dtype)
             states[i] = state
         return (states[0], states[1]) if lstm else (states[0], None)
@@ -764,9 +778,8 @@ def _check_lengths(lengths: Any, B: int, batched: bool) -> Tensor | None:
     if lengths is None:
         return None
     lengths = _as_tensor("lengths", lengths)
-    if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
-        if lengths.numel():
-            raise TypeError(f"lengths is {lengths.dtype}, expected integers")
+    if (lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool) and lengths.numel():
+        raise TypeError(f"lengths is {lengths.dtype}, expected integers")
     shape = (B,) if batched else ()
     if lengths.shape != shape:
         wanted = f"({B},): an integer for each row" if batched else "(): an integer"
@@ -986,3 +999,165 @@ class GRU(_Recurrent):
         """Run the layer over a batch of sequences. As `RNN.forward`."""
         output, (h_n,) = self._run(input, hx, lengths, reset)
         return output, h_n
+
+
+# ---- layers of torch.nn, and back
+
+_KINDS: dict[type, type] = {torch.nn.RNN: RNN, torch.nn.LSTM: LSTM, torch.nn.GRU: GRU}
+_BACK = {ours: theirs for theirs, ours in _KINDS.items()}
+_HOOKS = """
+    _backward_pre_hooks _backward_hooks _is_full_backward_hook _forward_hooks _forward_hooks_with_kwargs
+    _forward_hooks_always_called _forward_pre_hooks _forward_pre_hooks_with_kwargs _state_dict_hooks
+    _state_dict_pre_hooks _load_state_dict_pre_hooks _load_state_dict_post_hooks
+""".split()
+
+
+def from_torch(layer: torch.nn.Module) -> Any:
+    """Return the layer that takes the place of one of torch.nn, with the same Parameter objects and hooks.
+
+    Parameters
+    ----------
+    layer : torch.nn.RNN, torch.nn.LSTM or torch.nn.GRU
+
+    Returns
+    -------
+    RNN, LSTM or GRU
+
+    Raises
+    ------
+    TypeError
+        If it is no such layer, or of a subclass, or its parameters are neither float32 nor float64.
+    ValueError
+        If something was done to it that does not go over: a parameter of another name, a forward of its own.
+
+    Examples
+    --------
+    >>> theirs = torch.nn.GRU(3, 5)
+    >>> ours = from_torch(theirs)
+    >>> ours.weight_hh_l0 is theirs.weight_hh_l0
+    True
+    """
+    return _convert(layer, _KINDS)
+
+
+def to_torch(layer: torch.nn.Module) -> Any:
+    """Return the layer of torch.nn that takes the place of one of these, as `from_torch` does the other way.
+
+    Examples
+    --------
+    >>> to_torch(GRU(3, 5))
+    GRU(3, 5)
+    """
+    return _convert(layer, _BACK)
+
+
+def _convert(layer: torch.nn.Module, kinds: dict[type, type]) -> Any:
+    kind = kinds.get(type(layer))
+    if kind is None:
+        raise TypeError(_not_one_of("layer", layer, kinds))
+    options = {name: getattr(layer, name) for name in "bias batch_first dropout bidirectional".split()}
+    own_option = {"RNN": "nonlinearity", "LSTM": "proj_size"}.get(kind.__name__)
+    if own_option:
+        options[own_option] = getattr(layer, own_option)
+    with warnings.catch_warnings():  # about dropout: the layer has told it
+        warnings.simplefilter("ignore")
+        new = kind(layer.input_size, layer.hidden_size, layer.num_layers, **options, device="meta")
+    own, expected = layer._parameters, new._parameters
+    if list(own) != list(expected) or layer._buffers or any(own[name] is None for name in own):
+        odd = sorted({*own, *layer._buffers} ^ {*expected}) or list(own)
+        raise ValueError(f"layer's parameters are not as torch.nn made them: {', '.join(odd)}")
+    for name, parameter in own.items():
+        if parameter.shape != expected[name].shape:
+            raise ValueError(f"{name} has shape {tuple(parameter.shape)}, expected {tuple(expected[name].shape)}")
+        if parameter.dtype not in _DTYPES and kinds is _KINDS:
+            raise TypeError(_dtype_message(f"{name} is", parameter.dtype, "the model"))
+    hooks = {name: layer.__dict__[name] for name in _HOOKS if name in layer.__dict__}
+    if any(getattr(hook, "with_module", False) for group in hooks.values() for hook in _values(group)):
+        raise ValueError("layer has a load_state_dict hook that is bound to it: remove the hook first")
+    usual = type(layer)(1, 1, device="meta").__dict__
+    others = {name: value for name, value in layer.__dict__.items() if name not in usual and name not in hooks}
+    if "forward" in others:
+        raise ValueError("layer has a forward of its own, which the other could not follow: delete it first")
+    new._parameters.update(own)
+    new._modules.update(layer._modules)
+    new.__dict__.update({**others, **hooks, "training": layer.training})
+    if kinds is _BACK:
+        new._init_flat_weights()
+    return new
+
+
+def _values(group: Any) -> Iterable[Any]:
+    return group.values() if hasattr(group, "values") else ()
+
+
+def _not_one_of(name: str, layer: Any, kinds: Iterable[type]) -> str:
+    wanted = " or ".join(f"{kind.__module__.removesuffix('.modules.rnn')}.{kind.__name__}" for kind in kinds)
+    kind = type(layer)
+    text = f"{name} is a {kind.__module__}.{kind.__qualname__}, expected {wanted}"
+    return text + " and no subclass, which may compute something else" * isinstance(layer, tuple(kinds))
+
+
+Filter = Callable[[torch.nn.Module, str], bool]
+
+
+def replace_(model: torch.nn.Module, filter: Filter | None = None) -> list[str]:
+    """Put these layers in the place of each torch.nn.RNN, LSTM and GRU in a model, which is modified.
+
+    Parameters, hooks and whether they train stay the same objects and flags, and so an optimizer goes on as it was.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        It must not be such a layer itself: see `from_torch`.
+    filter : function of a module and its name to bool, optional
+        Which of them to replace; by default all.
+
+    Returns
+    -------
+    list of str
+        The names of the layers that were replaced, as in ``model.named_modules()``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `from_torch`, with the layer's name, if there is one that cannot be replaced, a subclass for example. The
+        model is as it was then: leave that layer out with `filter`.
+
+    Examples
+    --------
+    >>> model = torch.nn.ModuleDict({"encoder": torch.nn.GRU(3, 5), "head": torch.nn.Linear(5, 2)})
+    >>> replace_(model)
+    ['encoder']
+    >>> restore_(model)
+    ['encoder']
+    """
+    return _swap(model, filter, _KINDS)
+
+
+def restore_(model: torch.nn.Module, filter: Filter | None = None) -> list[str]:
+    """Put torch.nn's layers in the place of each of these in a model: the inverse of `replace_`, and just like it."""
+    return _swap(model, filter, _BACK)
+
+
+def _swap(model: torch.nn.Module, filter: Filter | None, kinds: dict[type, type]) -> list[str]:
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}, expected a torch.nn.Module")
+    found = [
+        (name, module)
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, tuple(kinds)) and (filter is None or filter(module, name))
+    ]
+    new: dict[torch.nn.Module, Any] = {}  # a layer in two places stays one
+    for name, module in found:
+        if not name:
+            function = "from_torch" if kinds is _KINDS else "to_torch"
+            raise ValueError(f"model is itself such a layer, {model}: take what {function}(model) returns")
+        if module not in new:
+            try:
+                new[module] = _convert(module, kinds)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"{name} cannot be replaced: {error}") from error
+    for name, module in found:
+        path, _, last = name.rpartition(".")
+        setattr(model.get_submodule(path), last, new[module])
+    return [name for name, _ in found]
