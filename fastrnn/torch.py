@@ -649,7 +649,7 @@ class _Recurrent(torch.nn.Module):
     ) -> Sequence[Tensor]:
         x_now, h_now, c_now = _arrays([x])[0], _optional(h), _optional(c)
         T, B, I = x_now.shape
-        if len(prepared) == 1 and rows == (None, None):
+        if len(prepared) == 1 and rows[0] is None and rows[1] is None:
             given = [state for state in (h_now, c_now) if state is not None]
             result = prepared[0].again(x_now.reshape(T * B, I), T, tuple(given) if given else None)
             if result is not None:

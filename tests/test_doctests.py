@@ -23,13 +23,14 @@ MODULES = [
     if not module.name.endswith(".__main__")
 ]
 
-NEEDS_NUMBA_CUDA = {"fastrnn.kernels.ptx"}
+NEEDS = {"fastrnn.kernels.ptx": ("numba_cuda", "numba-cuda"), "fastrnn.torch": ("torch", "PyTorch")}
 
 
 @pytest.mark.parametrize("name", ["fastrnn", "fastrnn.kernels", *MODULES])
 def test_examples(name, tmp_path, monkeypatch):
-    if name in NEEDS_NUMBA_CUDA and importlib.util.find_spec("numba_cuda") is None:
-        pytest.skip("numba-cuda is not installed")
+    package, called = NEEDS.get(name, ("numpy", "NumPy"))
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{called} is not installed")
     monkeypatch.chdir(tmp_path)  # for examples that write files
     failed, _ = doctest.testmod(importlib.import_module(name))
     assert failed == 0

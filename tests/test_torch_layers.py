@@ -33,6 +33,15 @@ each_option = pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join
 each_dtype = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """PyTorch's threads take long for small things where others use the machine, too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def pair(kind, sizes=(I, H), dtype=torch.float64, **options):
     """torch.nn's layer and ours, of the same seed."""
     layers = []
@@ -110,7 +119,7 @@ def test_no_state(kind, own):
 @each_kind
 def test_random_sizes(kind, own):
     random = np.random.default_rng(0)
-    for _ in range(6):
+    for _ in range(4):
         sizes = [int(n) for n in random.integers([1, 4, 1, 1], [40, 50, 30, 40])]
         options = {"bidirectional": bool(random.integers(2)), "num_layers": int(random.integers(1, 3))}
         run_and_compare(pair(kind, sizes[:2], **own, **options), (sizes[2], sizes[3], sizes[0]), (sizes[3],))
@@ -211,7 +220,7 @@ def test_strided_input_and_parameters():
 
 def test_parameters_that_change_between_calls_are_seen():
     layers = pair("LSTM")
-    x = torch.randn(T, B, I, dtype=torch.float64)
+    x = torch.randn(T, B, I, dtype=torch.float64, requires_grad=True)
     changes = [
         lambda p: p.data.mul_(1.5),
         lambda p: setattr(p, "data", p.data * 0.5),
@@ -270,6 +279,7 @@ def test_autocast_computes_in_the_parameters_dtype():
 # ---- exceptions
 
 
+@pytest.mark.filterwarnings("ignore:Complex modules are a new feature")
 def test_wrong_arguments():
     layer, x = ours.LSTM(I, H), torch.zeros(T, B, I)
     h = torch.zeros(1, B, H)
@@ -317,6 +327,7 @@ def test_wrong_arguments():
         ours.GRU(I, H, dropout=0.5)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # in PyTorch's own
 def test_what_is_not_supported_says_so():
     layer, x = ours.GRU(I, H), torch.randn(T, B, I, requires_grad=True)
     gradient, *_ = torch.autograd.grad(layer(x)[0].pow(2).sum(), x, create_graph=True)
@@ -327,9 +338,9 @@ def test_what_is_not_supported_says_so():
         torch.autograd.forward_ad.dual_level(),
     ):
         layer(torch.autograd.forward_ad.make_dual(x.detach(), x.detach()))
-    for transform in (torch.func.grad, torch.func.vmap, torch.func.jacrev):
+    for transform, value in ((torch.func.grad, x), (torch.func.vmap, x[None]), (torch.func.jacrev, x)):
         with pytest.raises(NotImplementedError, match=r"know no transforms of torch\.func"):
-            transform(lambda x: layer(x)[0].sum())(x.detach()[None])
+            transform(lambda x: layer(x)[0].sum())(value.detach())
 
 
 def test_what_backward_needs_may_not_be_changed():

@@ -19,6 +19,15 @@ KINDS = [("RNN", "rnn_tanh", {}), ("LSTM", "lstm", {}), ("LSTM", "lstm", {"proj_
 each_kind = pytest.mark.parametrize(("kind", "cell", "own"), KINDS, ids=["rnn", "lstm", "lstm-projected", "gru"])
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """PyTorch's threads take long for small things where others use the machine, too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def random(*shape, **options):
     return torch.randn(*shape, dtype=torch.float64, **options)
 
