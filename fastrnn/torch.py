@@ -13,7 +13,7 @@ threads as `fastrnn.set_num_threads` says, and not PyTorch's; tensors on an NVID
 
 Where they differ from torch.nn's: ``lengths=`` and ``reset=`` may be given; a sequence of no steps is one, too; under
 autocast they compute, and return, what their parameters are of; there are neither second nor forward-mode derivatives,
-no transforms of torch.func, no TorchScript. All of these raise an exception.
+no transforms of torch.func, no torch.jit.script. All of these raise an exception.
 """
 
 import math
@@ -92,6 +92,13 @@ def _initial(spec: _Spec, prepared: list[Any], h: Array | None, c: Array | None,
     return h, np.zeros((len(prepared), B, one.hidden), one.dtype) if c is None else c
 
 
+def _join(states: list[Any]) -> list[Array]:
+    """Return the states of all layers and directions, each (layers · directions, B, size)."""
+    if len(states) == 1:
+        return [s.reshape(1, *s.shape[-2:]) for s in states[0]]
+    return [np.stack([s.reshape(s.shape[-2:]) for s in same]) for same in zip(*states, strict=True)]
+
+
 def _forward(
     spec: _Spec,
     prepared: list[Any],
@@ -118,7 +125,7 @@ def _forward(
         last.append(new)
         if training:
             tapes.append(tape.walk.tape)
-    return output, [np.stack(same) for same in zip(*last, strict=True)], [*outputs, *tapes] if training else []
+    return output, _join(last), [*outputs, *tapes] if training else []
 
 
 def _backward(
@@ -161,8 +168,7 @@ def _backward(
         if layer and masks:
             gradient *= masks[layer - 1]
     assert gradient is not None
-    d_start = [np.stack([s.reshape(s.shape[-2:]) for s in same]) for same in zip(*d_initial, strict=True)]
-    return gradient, d_start, [part[name] for part in d_params for name in spec.names]
+    return gradient, _join(d_initial), [part[name] for part in d_params for name in spec.names]
 
 
 # ---- the operators, for torch.compile, torch.export and all who look into a program
@@ -653,7 +659,7 @@ class _Recurrent(torch.nn.Module):
             given = [state for state in (h_now, c_now) if state is not None]
             result = prepared[0].again(x_now.reshape(T * B, I), T, tuple(given) if given else None)
             if result is not None:
-                return (_tensor(result[0].reshape(T, B, -1)), *map(_tensor, result[1]))
+                return (_tensor(result[0].reshape(T, B, prepared[0].h)), *map(_tensor, result[1]))
         states = _initial(self._spec, prepared, h_now, c_now, B)
         output, last, _ = _forward(self._spec, prepared, x_now, states, _arrays(masks), rows, training=False)
         return (_tensor(output), *map(_tensor, last))

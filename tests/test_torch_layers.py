@@ -191,7 +191,11 @@ def test_no_steps_and_no_rows():
         assert all(torch.equal(one, other) for one, other in zip(listed(last), listed(hx), strict=True))
         gradients = torch.autograd.grad([s.sum() for s in listed(last)], listed(hx))
         assert all((gradient == 1).all() for gradient in gradients)
-        assert layer(torch.zeros(T, 0, I, dtype=torch.float64))[0].shape == (T, 0, H)
+        for one in (layer, getattr(ours, kind)(I, H)):
+            empty = torch.zeros(T, 0, I, dtype=one.weight_ih_l0.dtype)
+            assert one(empty)[0].shape == (T, 0, H)
+            with torch.no_grad():
+                assert [one(empty)[0].shape for _ in range(3)] == [(T, 0, H)] * 3
         zero, last = layer(torch.randn(T, B, I, dtype=torch.float64), hx, lengths=[0] * B)
         assert not zero.any()
         assert torch.equal(listed(last)[0], listed(hx)[0])

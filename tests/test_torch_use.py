@@ -124,6 +124,16 @@ def test_traced_operator_and_meta():
     assert x.grad.shape == x.shape
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_torchscript():
+    layer, x = layer_of("GRU"), random(T, B, I)
+    with pytest.raises(RuntimeError, match="Error inferring type"):
+        torch.jit.script(layer)
+    with torch.no_grad():
+        traced, longer = torch.jit.trace(layer, x), random(T + 3, B + 1, I)
+        assert_same([traced(longer)[0]], [layer(longer)[0]])
+
+
 def test_reload_does_not_define_twice():
     library = ours._library
     assert importlib.reload(ours)._library is library
