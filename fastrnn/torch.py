@@ -1,4 +1,4 @@
-"""PyTorch: RNN, LSTM and GRU in place of those of torch.nn, with their arguments, parameters and results.
+"""PyTorch: RNN, LSTM, GRU and their cells in place of those of torch.nn, with their arguments, parameters and results.
 
 >>> import torch
 >>> from fastrnn.torch import LSTM
@@ -38,7 +38,7 @@ from torch.nn.utils.rnn import PackedSequence
 from fastrnn import backend as backends
 from fastrnn import functional
 
-__all__ = ["GRU", "LSTM", "RNN", "from_torch", "replace_", "restore_", "to_torch"]
+__all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell", "from_torch", "replace_", "restore_", "to_torch"]
 
 Array = np.ndarray
 Rows = tuple[Array | None, Array | None]  # lengths and reset, checked
@@ -438,83 +438,27 @@ def _is_plain(tensor: Any) -> bool:
     return type(tensor) is Tensor or type(tensor) is Parameter
 
 
-class _Recurrent(torch.nn.Module):
-    """What RNN, LSTM and GRU share: all but their arguments and formulas."""
+class _Module(torch.nn.Module):
+    """What layers and cells share: their parameters on the way to the backend."""
 
     mode: str
     input_size: int
     hidden_size: int
-    num_layers: int
     bias: bool
-    batch_first: bool
-    dropout: float
-    bidirectional: bool
-    proj_size: int
     training: bool
     _spec: _Spec
+    _kept: Any  # the parameters in the backend's hands, and where they stand in memory
     _flat_weights_names: list[str]
-    _all_weights: list[list[str]]
     _shapes: list[tuple[int, ...]]
 
-    __constants__ = "mode input_size hidden_size num_layers bias batch_first dropout bidirectional proj_size".split()
-
-    def __init__(
-        self,
-        mode: str,
-        input_size: int,
-        hidden_size: int,
-        num_layers: int,
-        bias: bool,
-        batch_first: bool,
-        dropout: float,
-        bidirectional: bool,
-        proj_size: int = 0,
-        device: Any = None,
-        dtype: Any = None,
-    ) -> None:
-        super().__init__()
-        # These are torch.nn's exceptions.
-        if not isinstance(dropout, numbers.Real) or not 0 <= dropout <= 1 or isinstance(dropout, bool):
-            raise ValueError(f"dropout should be a number in range [0, 1], and is {dropout!r}")
-        for name, flag in (("bias", bias), ("batch_first", batch_first)):
-            if not isinstance(flag, bool):
-                raise TypeError(f"{name} should be of type bool, got: {type(flag).__name__}")
-        for name, size in (("input_size", input_size), ("hidden_size", hidden_size), ("num_layers", num_layers)):
-            if not isinstance(size, int):
-                raise TypeError(f"{name} should be of type int, got: {type(size).__name__}")
-            if size <= 0:
-                raise ValueError(f"{name} must be greater than zero")
-        if proj_size < 0:
-            raise ValueError("proj_size should be a positive integer or zero to disable projections")
-        if proj_size >= hidden_size:
-            raise ValueError("proj_size has to be smaller than hidden_size")
-        if dropout > 0 and num_layers == 1:
-            message = f"dropout is {dropout}, which does nothing with num_layers=1: it acts between layers"
-            warnings.warn(message, stacklevel=3)
-        self.mode = mode
-        self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
-        self.bias, self.batch_first, self.dropout = bias, batch_first, float(dropout)
-        self.bidirectional, self.proj_size = bool(bidirectional), proj_size
-
-        D, W, rows = 1 + self.bidirectional, proj_size or hidden_size, _GATES[mode] * hidden_size
-        self._spec = _Spec(mode.lower(), 2 + 2 * bias + (proj_size > 0), D)
-        self._all_weights, self._shapes = [], []
-        for layer in range(num_layers):
-            shapes = {
-                "weight_ih": (rows, input_size if layer == 0 else W * D),
-                "weight_hh": (rows, W),
-                "bias_ih": (rows,),
-                "bias_hh": (rows,),
-                "weight_hr": (proj_size, hidden_size),
-            }
-            for ending in ("", "_reverse")[:D]:
-                names = self._spec.names
-                self._all_weights.append([f"{name}_l{layer}{ending}" for name in names])
-                self._shapes += [shapes[name] for name in names]
-        self._flat_weights_names = [name for names in self._all_weights for name in names]
-        for name, shape in zip(self._flat_weights_names, self._shapes, strict=True):
+    def _make(self, named: Iterable[tuple[str, tuple[int, ...]]], device: Any, dtype: Any) -> None:
+        """Make the parameters."""
+        names_and_shapes = list(named)
+        self._flat_weights_names = [name for name, _ in names_and_shapes]
+        self._shapes = [shape for _, shape in names_and_shapes]
+        for name, shape in names_and_shapes:
             setattr(self, name, Parameter(torch.empty(shape, device=device, dtype=dtype)))
-        self._kept: Any = None  # the parameters in the backend's hands, and where they stand in memory
+        self._kept = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -523,26 +467,11 @@ class _Recurrent(torch.nn.Module):
         for parameter in self.parameters():
             torch.nn.init.uniform_(parameter, -bound, bound)
 
-    def flatten_parameters(self) -> None:
-        """Do nothing: parameters need not stand in one piece of memory here."""
-
-    @property
-    def all_weights(self) -> list[list[Any]]:
-        """The parameters of each layer and direction."""
-        return [[getattr(self, name) for name in names] for names in self._all_weights]
-
     @property
     def _flat_weights(self) -> list[Any]:
         own = self._parameters
         # As attributes where they are not the module's own: parametrizations and others compute them at each call.
         return [getattr(self, name) if own.get(name) is None else own[name] for name in self._flat_weights_names]
-
-    def extra_repr(self) -> str:
-        options = {
-            "proj_size": 0, "num_layers": 1, "bias": True, "batch_first": False, "dropout": 0, "bidirectional": False,
-        }  # fmt: skip
-        shown = [f"{name}={getattr(self, name)}" for name, usual in options.items() if getattr(self, name) != usual]
-        return ", ".join([str(self.input_size), str(self.hidden_size), *shown])
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kept": None}
@@ -555,61 +484,6 @@ class _Recurrent(torch.nn.Module):
     def _apply(self, *arguments: Any, **options: Any) -> Any:
         self._kept = None  # or the memory that the parameters leave would stay
         return super()._apply(*arguments, **options)
-
-    def _run(self, input: Any, hx: Any, lengths: Any, reset: Any) -> tuple[Any, tuple[Tensor, ...]]:
-        """Return the output, and the last states as a tuple."""
-        if isinstance(input, PackedSequence):
-            return self._run_packed(input, hx, lengths, reset)
-        if not isinstance(input, Tensor):
-            raise TypeError(f"input is a {type(input).__name__}, expected a tensor or a PackedSequence")
-        _check_layout(input)
-        if input.dim() not in (2, 3):
-            raise ValueError(f"{self._name()}: Expected input to be 2D or 3D, got {input.dim()}D tensor instead")
-        params = self._flat_weights
-        input = self._check_input(input, params)
-        batched = input.dim() == 3
-        if not batched:
-            x = input.unsqueeze(1)
-        else:
-            x = input.transpose(0, 1) if self.batch_first else input
-        T, B, _ = x.shape
-        h, c = self._check_states(hx, x, B, batched)
-        lengths = _check_lengths(lengths, B, batched)
-        reset = self._check_reset(reset, T, B, batched)
-        masks = self._masks((T, B), x) if self.training and self.dropout else []
-        output, *last = self._compute(x, h, c, params, masks, lengths, reset)
-        if not batched:
-            return output.squeeze(1), tuple([s.squeeze(1) for s in last])
-        return output.transpose(0, 1) if self.batch_first else output, tuple(last)
-
-    def _run_packed(self, input: PackedSequence, hx: Any, lengths: Any, reset: Any) -> tuple[Any, tuple[Tensor, ...]]:
-        """Run over sequences by decreasing length, which is how they stand in it."""
-        if lengths is not None or reset is not None:
-            which = "reset" if lengths is None else "lengths"
-            raise ValueError(f"{which} is given with a PackedSequence, expected padded input with lengths")
-        data, batch_sizes, order, back = input
-        if data.dim() != 2:
-            raise RuntimeError(f"input must have 2 dimensions, got {data.dim()}")
-        _check_layout(data)
-        params = self._flat_weights
-        data = self._check_input(data, params)
-        T, B = len(batch_sizes), int(batch_sizes[0])
-
-        def pad(packed: Tensor) -> tuple[Tensor, Tensor]:
-            return torch._VF._pad_packed_sequence(packed, batch_sizes, False, 0.0, T)
-
-        x, lengths = pad(data)
-        h, c = self._check_states(hx, x, B, batched=True)
-        if order is not None:
-            h, c = (None if s is None else s.index_select(1, order) for s in (h, c))
-        # In torch.nn's layout, and so with its random numbers.
-        masks = self._masks(data.shape[:1], x) if self.training and self.dropout else []
-        masks = [pad(mask)[0] for mask in masks]
-        output, *last = self._compute(x, h, c, params, masks, lengths, None)
-        output, _ = torch._VF._pack_padded_sequence(output, lengths, False)
-        if back is not None:
-            last = [s.index_select(1, back) for s in last]
-        return PackedSequence(output, batch_sizes, order, back), tuple(last)
 
     def _compute(
         self, x: Tensor, h: Any, c: Any, params: list[Tensor], masks: list[Tensor], lengths: Any, reset: Any
@@ -682,14 +556,6 @@ class _Recurrent(torch.nn.Module):
                 self.__dict__["_kept"] = place, params[0].dtype, prepared
         return prepared
 
-    def _masks(self, shape: Sequence[int], x: Tensor) -> list[Tensor]:
-        """Draw what dropout multiplies by between layers, of torch.nn's random numbers."""
-        p, width = self.dropout, self._spec.directions * (self.proj_size or self.hidden_size)
-        masks = [torch.empty((*shape, width), dtype=x.dtype, device=x.device) for _ in range(1, self.num_layers)]
-        return [mask.zero_() if p == 1 else mask.bernoulli_(1 - p).div_(1 - p) for mask in masks]
-
-    # Checks: their exceptions are those of torch.nn, where there are such.
-
     def _name(self) -> str:
         return self.mode.partition("_")[0]
 
@@ -727,6 +593,153 @@ class _Recurrent(torch.nn.Module):
             )
         return input
 
+
+class _Recurrent(_Module):
+    """What RNN, LSTM and GRU share: all but their arguments and formulas."""
+
+    num_layers: int
+    batch_first: bool
+    dropout: float
+    bidirectional: bool
+    proj_size: int
+    _all_weights: list[list[str]]
+
+    __constants__ = "mode input_size hidden_size num_layers bias batch_first dropout bidirectional proj_size".split()
+
+    def __init__(
+        self,
+        mode: str,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int,
+        bias: bool,
+        batch_first: bool,
+        dropout: float,
+        bidirectional: bool,
+        proj_size: int = 0,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        # These are torch.nn's exceptions.
+        if not isinstance(dropout, numbers.Real) or not 0 <= dropout <= 1 or isinstance(dropout, bool):
+            raise ValueError(f"dropout should be a number in range [0, 1], and is {dropout!r}")
+        for name, flag in (("bias", bias), ("batch_first", batch_first)):
+            if not isinstance(flag, bool):
+                raise TypeError(f"{name} should be of type bool, got: {type(flag).__name__}")
+        for name, size in (("input_size", input_size), ("hidden_size", hidden_size), ("num_layers", num_layers)):
+            if not isinstance(size, int):
+                raise TypeError(f"{name} should be of type int, got: {type(size).__name__}")
+            if size <= 0:
+                raise ValueError(f"{name} must be greater than zero")
+        if proj_size < 0:
+            raise ValueError("proj_size should be a positive integer or zero to disable projections")
+        if proj_size >= hidden_size:
+            raise ValueError("proj_size has to be smaller than hidden_size")
+        if dropout > 0 and num_layers == 1:
+            message = f"dropout is {dropout}, which does nothing with num_layers=1: it acts between layers"
+            warnings.warn(message, stacklevel=3)
+        self.mode = mode
+        self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
+        self.bias, self.batch_first, self.dropout = bias, batch_first, float(dropout)
+        self.bidirectional, self.proj_size = bool(bidirectional), proj_size
+
+        D, W, rows = 1 + self.bidirectional, proj_size or hidden_size, _GATES[mode] * hidden_size
+        self._spec = _Spec(mode.lower(), 2 + 2 * bias + (proj_size > 0), D)
+        self._all_weights = []
+        named: list[tuple[str, tuple[int, ...]]] = []
+        for layer in range(num_layers):
+            shapes = {
+                "weight_ih": (rows, input_size if layer == 0 else W * D),
+                "weight_hh": (rows, W),
+                "bias_ih": (rows,),
+                "bias_hh": (rows,),
+                "weight_hr": (proj_size, hidden_size),
+            }
+            for ending in ("", "_reverse")[:D]:
+                full = [(f"{name}_l{layer}{ending}", shapes[name]) for name in self._spec.names]
+                self._all_weights.append([name for name, _ in full])
+                named += full
+        self._make(named, device, dtype)
+
+    def flatten_parameters(self) -> None:
+        """Do nothing: parameters need not stand in one piece of memory here."""
+
+    @property
+    def all_weights(self) -> list[list[Any]]:
+        """The parameters of each layer and direction."""
+        return [[getattr(self, name) for name in names] for names in self._all_weights]
+
+    def extra_repr(self) -> str:
+        options = {
+            "proj_size": 0, "num_layers": 1, "bias": True, "batch_first": False, "dropout": 0, "bidirectional": False,
+        }  # fmt: skip
+        shown = [f"{name}={getattr(self, name)}" for name, usual in options.items() if getattr(self, name) != usual]
+        return ", ".join([str(self.input_size), str(self.hidden_size), *shown])
+
+    def _run(self, input: Any, hx: Any, lengths: Any, reset: Any) -> tuple[Any, tuple[Tensor, ...]]:
+        """Return the output, and the last states as a tuple."""
+        if isinstance(input, PackedSequence):
+            return self._run_packed(input, hx, lengths, reset)
+        if not isinstance(input, Tensor):
+            raise TypeError(f"input is a {type(input).__name__}, expected a tensor or a PackedSequence")
+        _check_layout(input)
+        if input.dim() not in (2, 3):
+            raise ValueError(f"{self._name()}: Expected input to be 2D or 3D, got {input.dim()}D tensor instead")
+        params = self._flat_weights
+        input = self._check_input(input, params)
+        batched = input.dim() == 3
+        if not batched:
+            x = input.unsqueeze(1)
+        else:
+            x = input.transpose(0, 1) if self.batch_first else input
+        T, B, _ = x.shape
+        h, c = self._check_states(hx, x, B, batched)
+        lengths = _check_lengths(lengths, B, batched)
+        reset = self._check_reset(reset, T, B, batched)
+        masks = self._masks((T, B), x) if self.training and self.dropout else []
+        output, *last = self._compute(x, h, c, params, masks, lengths, reset)
+        if not batched:
+            return output.squeeze(1), tuple([s.squeeze(1) for s in last])
+        return output.transpose(0, 1) if self.batch_first else output, tuple(last)
+
+    def _run_packed(self, input: PackedSequence, hx: Any, lengths: Any, reset: Any) -> tuple[Any, tuple[Tensor, ...]]:
+        """Run over sequences by decreasing length, which is how they stand in it."""
+        if lengths is not None or reset is not None:
+            which = "reset" if lengths is None else "lengths"
+            raise ValueError(f"{which} is given with a PackedSequence, expected padded input with lengths")
+        data, batch_sizes, order, back = input
+        if data.dim() != 2:
+            raise RuntimeError(f"input must have 2 dimensions, got {data.dim()}")
+        _check_layout(data)
+        params = self._flat_weights
+        data = self._check_input(data, params)
+        T, B = len(batch_sizes), int(batch_sizes[0])
+
+        def pad(packed: Tensor) -> tuple[Tensor, Tensor]:
+            return torch._VF._pad_packed_sequence(packed, batch_sizes, False, 0.0, T)
+
+        x, lengths = pad(data)
+        h, c = self._check_states(hx, x, B, batched=True)
+        if order is not None:
+            h, c = (None if s is None else s.index_select(1, order) for s in (h, c))
+        # In torch.nn's layout, and so with its random numbers.
+        masks = self._masks(data.shape[:1], x) if self.training and self.dropout else []
+        masks = [pad(mask)[0] for mask in masks]
+        output, *last = self._compute(x, h, c, params, masks, lengths, None)
+        output, _ = torch._VF._pack_padded_sequence(output, lengths, False)
+        if back is not None:
+            last = [s.index_select(1, back) for s in last]
+        return PackedSequence(output, batch_sizes, order, back), tuple(last)
+
+    def _masks(self, shape: Sequence[int], x: Tensor) -> list[Tensor]:
+        """Draw what dropout multiplies by between layers, of torch.nn's random numbers."""
+        p, width = self.dropout, self._spec.directions * (self.proj_size or self.hidden_size)
+        masks = [torch.empty((*shape, width), dtype=x.dtype, device=x.device) for _ in range(1, self.num_layers)]
+        return [mask.zero_() if p == 1 else mask.bernoulli_(1 - p).div_(1 - p) for mask in masks]
+
+    # Checks: their exceptions are those of torch.nn, where there are such.
+
     def _check_states(self, hx: Any, x: Tensor, B: int, batched: bool) -> tuple[Any, Any]:
         """Return h and c as (layers · directions, B, size), or None."""
         if hx is None:
@@ -751,16 +764,7 @@ class _Recurrent(torch.nn.Module):
             expected = (len(self._all_weights), B, sizes[i])
             if state.shape != expected:
                 raise RuntimeError(f"Expected {name} size {expected}, got {list(state.shape)}")
-            if state.device != x.device:
-                raise RuntimeError(
-                    "Input and hidden tensors are not at the same device, "
-                    f"found input tensor at {x.device} and hidden tensor at {state.device}"
-                )
-            if state.dtype != x.dtype:
-                if not (state.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
-                    raise ValueError(f"{name} is {state.dtype}, expected the input's {x.dtype}: {name}.to({x.dtype})")
-                state = state.to(x.dtype)
-            states[i] = state
+            states[i] = _check_kind(name, state, x)
         return (states[0], states[1]) if lstm else (states[0], None)
 
     def _check_reset(self, reset: Any, T: int, B: int, batched: bool) -> Tensor | None:
@@ -777,6 +781,20 @@ class _Recurrent(torch.nn.Module):
         if not batched:
             return reset.unsqueeze(1)
         return reset.transpose(0, 1) if first else reset
+
+
+def _check_kind(name: str, state: Tensor, x: Tensor) -> Tensor:
+    """Return a state in the dtype of x, on whose device it is."""
+    if state.device != x.device:
+        raise RuntimeError(
+            "Input and hidden tensors are not at the same device, "
+            f"found input tensor at {x.device} and hidden tensor at {state.device}"
+        )
+    if state.dtype != x.dtype:
+        if not (state.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
+            raise ValueError(f"{name} is {state.dtype}, expected the input's {x.dtype}: {name}.to({x.dtype})")
+        state = state.to(x.dtype)
+    return state
 
 
 def _check_lengths(lengths: Any, B: int, batched: bool) -> Tensor | None:
@@ -1005,6 +1023,146 @@ class GRU(_Recurrent):
         """Run the layer over a batch of sequences. As `RNN.forward`."""
         output, (h_n,) = self._run(input, hx, lengths, reset)
         return output, h_n
+
+
+class _Cell(_Module):
+    """What RNNCell, LSTMCell and GRUCell share."""
+
+    __constants__ = ("input_size", "hidden_size", "bias")
+
+    def __init__(self, mode: str, input_size: int, hidden_size: int, bias: bool, device: Any, dtype: Any) -> None:
+        super().__init__()
+        for name, size in (("input_size", input_size), ("hidden_size", hidden_size)):
+            functional.check_integer(name, size, 1)
+        self.mode, self.input_size, self.hidden_size = mode, input_size, hidden_size
+        self.bias = functional.check_flag("bias", bias)
+        self._spec = _Spec(mode.lower(), 2 + 2 * self.bias, 1)
+        rows = _GATES[mode] * hidden_size
+        shapes = [(rows, input_size), (rows, hidden_size), (rows,), (rows,)]
+        self._make(zip(self._spec.names, shapes, strict=False), device, dtype)
+
+    def extra_repr(self) -> str:
+        sizes = f"{self.input_size}, {self.hidden_size}"
+        return sizes + (f", bias={self.bias}" if self.bias is not True else "")
+
+    def _step(self, input: Any, hx: Any) -> tuple[Tensor, ...]:
+        """Return the states after a step."""
+        kind, lstm = type(self).__name__, self.mode == "LSTM"
+        if not isinstance(input, Tensor):
+            raise TypeError(f"input is a {type(input).__name__}, expected a tensor")
+        if lstm and not (hx is None or (isinstance(hx, (tuple, list)) and len(hx) == 2)):
+            raise TypeError(f"hx is a {type(hx).__name__}, expected a tuple (h_0, c_0)")
+        states = [] if hx is None else list(hx) if lstm else [hx]
+        for i, tensor in enumerate((input, *states)):
+            name = f"hx[{i - 1}]" if i and lstm else "hidden" if i else "input"
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{name} is a {type(tensor).__name__}, expected a tensor")
+            _check_layout(tensor)
+            if tensor.dim() not in (1, 2):
+                raise ValueError(f"{kind}: Expected {name} to be 1D or 2D, got {tensor.dim()}D instead")
+            if tensor.dim() != input.dim():
+                raise RuntimeError(f"{name} is {tensor.dim()}D and input {input.dim()}D, expected the same")
+        if input.shape[-1] != self.input_size:
+            raise RuntimeError(f"input has inconsistent input_size: got {input.shape[-1]} expected {self.input_size}")
+        params = self._flat_weights
+        x = self._check_input(input, params)
+        batched = x.dim() == 2
+        x = x.unsqueeze(0) if batched else x[None, None]
+        for i, state in enumerate(states):
+            if state.shape[-1] != self.hidden_size:
+                got = f"got {state.shape[-1]}, expected {self.hidden_size}"
+                raise RuntimeError(f"hidden{i} has inconsistent hidden_size: {got}")
+            state = state.unsqueeze(0) if batched else state[None, None]
+            if state.shape[1] != x.shape[1]:
+                got = f"{x.shape[1]} doesn't match hidden{i} batch size {state.shape[1]}"
+                raise RuntimeError(f"Input batch size {got}")
+            states[i] = _check_kind(f"hidden{i}", state, x)
+        h, c = (*states, None, None)[:2]
+        _, *last = self._compute(x, h, c, params, [], None, None)
+        return tuple([state[0] if batched else state[0, 0] for state in last])
+
+
+class RNNCell(_Cell):
+    """One step of an `RNN`, in place of ``torch.nn.RNNCell``.
+
+    Parameters
+    ----------
+    input_size, hidden_size : int
+    bias : bool
+    nonlinearity : str
+        "tanh" or "relu".
+    device, dtype
+        Of the parameters weight_ih, weight_hh, bias_ih and bias_hh.
+
+    Examples
+    --------
+    >>> cell, h = RNNCell(3, 5), None
+    >>> for x_t in torch.zeros(7, 4, 3):
+    ...     h = cell(x_t, h)
+    >>> h.shape
+    torch.Size([4, 5])
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        nonlinearity: str = "tanh",
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        if nonlinearity not in ("tanh", "relu"):
+            raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
+        super().__init__(f"RNN_{nonlinearity.upper()}", input_size, hidden_size, bias, device, dtype)
+        self.nonlinearity = nonlinearity
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + ("" if self.nonlinearity == "tanh" else f", nonlinearity={self.nonlinearity}")
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """Return the next h, (B, hidden_size), of input (B, input_size) and h; both may be without B."""
+        return self._step(input, hx)[0]
+
+
+class LSTMCell(_Cell):
+    """One step of an `LSTM`, in place of ``torch.nn.LSTMCell``. Parameters are those of `RNNCell`.
+
+    Examples
+    --------
+    >>> h, c = LSTMCell(3, 5)(torch.zeros(4, 3))
+    >>> h.shape, c.shape
+    (torch.Size([4, 5]), torch.Size([4, 5]))
+    """
+
+    def __init__(
+        self, input_size: int, hidden_size: int, bias: bool = True, device: Any = None, dtype: Any = None
+    ) -> None:
+        super().__init__("LSTM", input_size, hidden_size, bias, device, dtype)
+
+    def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """Return the next (h, c), of input and (h, c)."""
+        h, c = self._step(input, hx)
+        return h, c
+
+
+class GRUCell(_Cell):
+    """One step of a `GRU`, in place of ``torch.nn.GRUCell``. Parameters are those of `RNNCell`.
+
+    Examples
+    --------
+    >>> GRUCell(3, 5)(torch.zeros(3)).shape
+    torch.Size([5])
+    """
+
+    def __init__(
+        self, input_size: int, hidden_size: int, bias: bool = True, device: Any = None, dtype: Any = None
+    ) -> None:
+        super().__init__("GRU", input_size, hidden_size, bias, device, dtype)
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """Return the next h, of input and h."""
+        return self._step(input, hx)[0]
 
 
 # ---- layers of torch.nn, and back
