@@ -124,7 +124,7 @@ def test_meta():
     assert x.grad.shape == x.shape
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore")  # of checks, which a trace does not repeat
 def test_traced_without_gradients():
     layer, x = layer_of("GRU"), random(T, B, I)
     with torch.no_grad():
