@@ -5,7 +5,7 @@ VENV   ?= .venv
 
 # A small build for CPUs in most places; the tests that compare with PyTorch run where it is installed.
 # JAX and ONNX Runtime, which the benchmarks compare with, need Python 3.11.
-FRAMEWORKS = torch==2.13.0 onnx==1.23.2 \
+FRAMEWORKS = torch==2.13.0 expecttest onnx==1.23.2 \
   'onnxruntime==1.31.1; python_version >= "3.11"' 'jax==0.10.2; python_version >= "3.11"'
 # Kernels for GPUs are compiled, and their machine code looked at, without a GPU; these are most of what is installed.
 LINUX = sys_platform == "linux" and python_version >= "3.11"
