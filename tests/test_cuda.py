@@ -235,14 +235,16 @@ def test_modes(mode, cell, reverse):
         assert error < 4 * EPSILON[mode], (name, error)
 
 
+@pytest.mark.parametrize("name", ["cuda-persistent", "cuda-bfloat16-persistent"])
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
-def test_any_order_of_threads_gives_the_same_bits(cell):
+def test_any_order_of_threads_gives_the_same_bits(cell, name):
+    """Also where a reader comes between the two halves of a word."""
     one = task(cell, 3, 9, 4, 17, lengths=True, reset=True)
-    expected = run("cuda-persistent", one)
+    expected = run(name, one)
     for seed in range(3):
-        results = run(backend("cuda-persistent", simulated_device(seed)), one)
-        for name in expected:
-            np.testing.assert_array_equal(results[name], expected[name])
+        results = run(backend(name, simulated_device(seed)), one)
+        for what, array in expected.items():
+            np.testing.assert_array_equal(results[what], array, err_msg=what)
 
 
 def test_eight_warps(monkeypatch):
