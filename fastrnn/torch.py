@@ -20,7 +20,7 @@ import math
 import numbers
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -35,36 +35,14 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 from torch.nn.utils.rnn import PackedSequence
 
-from fastrnn import backend as backends
-from fastrnn import functional
+from fastrnn import functional, stack
+from fastrnn.stack import Rows, Spec
 
 __all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell", "from_torch", "replace_", "restore_", "to_torch"]
 
 Array = np.ndarray
-Rows = tuple[Array | None, Array | None]  # lengths and reset, checked
 
 _DTYPES = (torch.float32, torch.float64)
-_NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
-
-
-class _Spec(NamedTuple):
-    """What the sizes of the parameters do not tell."""
-
-    cell: str
-    each: int  # parameters of a direction of a layer: 2, or 4 with biases; and 1 for a projection
-    directions: int
-
-    @property
-    def names(self) -> list[str]:
-        return [*_NAMES[: self.each // 2 * 2], *_NAMES[4 : 4 + self.each % 2]]
-
-    def split(self, params: Sequence[Any]) -> list[dict[str, Any]]:
-        """Return the parameters of each layer and direction by name."""
-        names, each = self.names, self.each
-        return [dict(zip(names, params[at : at + each], strict=True)) for at in range(0, len(params), each)]
-
-
-# ---- the stack of layers, on NumPy arrays that are contiguous and checked
 
 
 def _arrays(tensors: Iterable[Tensor]) -> list[Array]:
@@ -76,99 +54,8 @@ def _tensor(array: Array) -> Tensor:
     return torch.from_numpy(array)
 
 
-def _prepare(spec: _Spec, params: Sequence[Tensor]) -> list[Any]:
-    """Return each layer's directions in the hands of the backend, which notices when the numbers change."""
-    prepare = backends.load("cpu").prepare
-    return [prepare(spec.cell, part) for part in spec.split(_arrays(params))]
-
-
-def _initial(spec: _Spec, prepared: list[Any], h: Array | None, c: Array | None, B: int) -> tuple[Array, ...]:
-    """Return the initial states, each (layers · directions, B, size)."""
-    one = prepared[0]
-    if h is None:
-        h = np.zeros((len(prepared), B, one.h), one.dtype)
-    if spec.cell != "lstm":
-        return (h,)
-    return h, np.zeros((len(prepared), B, one.hidden), one.dtype) if c is None else c
-
-
-def _join(states: list[Any]) -> list[Array]:
-    """Return the states of all layers and directions, each (layers · directions, B, size)."""
-    if len(states) == 1:
-        return [s.reshape(1, *s.shape[-2:]) for s in states[0]]
-    return [np.stack([s.reshape(s.shape[-2:]) for s in same]) for same in zip(*states, strict=True)]
-
-
-def _forward(
-    spec: _Spec,
-    prepared: list[Any],
-    x: Array,
-    states: tuple[Array, ...],
-    masks: Sequence[Array],
-    rows: Rows,
-    training: bool,
-) -> tuple[Array, list[Array], list[Array]]:
-    """Return the output, the last states, and what `_backward` needs: outputs of the layers below, and tapes."""
-    (lengths, reset), D, W = rows, spec.directions, prepared[0].h
-    outputs: list[Array] = []
-    tapes, last, output = [], [], x
-    for k, one in enumerate(prepared):
-        d = k % D
-        if d == 0:
-            if k:
-                outputs.append(output)
-                x = output * masks[k // D - 1] if masks else output
-            # Both directions write into one buffer, which is the next layer's input as it is.
-            output = np.empty((*x.shape[:2], D * W), one.dtype)
-        options = {"lengths": lengths, "reset": reset, "reverse": d == 1, "training": training}
-        _, new, tape = one.forward(x, tuple([s[k] for s in states]), **options, output=output, column=d * W)
-        last.append(new)
-        if training:
-            tapes.append(tape.walk.tape)
-    return output, _join(last), [*outputs, *tapes] if training else []
-
-
-def _backward(
-    spec: _Spec,
-    prepared: list[Any],
-    x: Array,
-    states: tuple[Array, ...],
-    masks: Sequence[Array],
-    tape: tuple[Array, Sequence[Array]],
-    rows: Rows,
-    d_output: Array | None,
-    d_states: Sequence[Array | None],
-) -> tuple[Array, list[Array], list[Array]]:
-    """Return the gradients of x, the initial states and the parameters; `tape` is the output and what was kept."""
-    (output, kept), (lengths, reset) = tape, rows
-    D, W, K = spec.directions, prepared[0].h, len(prepared)
-    backward = backends.load("cpu").backward
-    outputs, tapes = [*kept[: K // D - 1], output], kept[K // D - 1 :]
-    d_params: list[dict[str, Array]] = [{}] * K
-    d_initial: list[Any] = [None] * K
-    gradient = d_output
-    for layer in reversed(range(K // D)):
-        below = outputs[layer - 1] if layer else x
-        below = below * masks[layer - 1] if layer and masks else below
-        dx = None
-        for d in range(D):
-            k = layer * D + d
-            own = tuple([s[k] for s in states])
-            options = {"lengths": lengths, "reset": reset, "reverse": d == 1}
-            one = prepared[k].tape(below, own, outputs[layer], d * W, tapes[k], **options)
-            columns = gradient if gradient is None or D == 1 else gradient[..., d * W : (d + 1) * W]
-            d_last = tuple([None if s is None else s[k] for s in d_states])
-            dx_d, d_params[k], d_initial[k] = backward(
-                one,
-                None if columns is None else np.ascontiguousarray(columns),
-                None if all(s is None for s in d_last) else d_last,
-            )
-            dx = dx_d if dx is None else np.add(dx, dx_d, out=dx)
-        gradient = dx
-        if layer and masks:
-            gradient *= masks[layer - 1]
-    assert gradient is not None
-    return gradient, _join(d_initial), [part[name] for part in d_params for name in spec.names]
+def _prepare(spec: Spec, params: Sequence[Tensor]) -> list[Any]:
+    return stack.prepare(spec, _arrays(params))
 
 
 # ---- the operators, for torch.compile, torch.export and all who look into a program
@@ -203,11 +90,11 @@ def _forward_op(
     directions: int,
     training: bool,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    spec, T, B = _Spec(cell, each, directions), x.shape[0], x.shape[1]
+    spec, T, B = Spec(cell, each, directions), x.shape[0], x.shape[1]
     prepared = _prepare(spec, params)
-    states = _initial(spec, prepared, _optional(h), _optional(c), B)
+    states = stack.initial(spec, prepared, _optional(h), _optional(c), B)
     rows = _rows(lengths, reset, T, B)
-    output, last, kept = _forward(spec, prepared, _arrays([x])[0], states, _arrays(masks), rows, training)
+    output, last, kept = stack.forward(spec, prepared, _arrays([x])[0], states, _arrays(masks), rows, training)
     c_n = _tensor(last[1]) if len(last) == 2 else x.new_empty(0)
     return _tensor(output), _tensor(last[0]), c_n, [_tensor(array) for array in kept]
 
@@ -229,24 +116,18 @@ def _backward_op(
     each: int,
     directions: int,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    spec, T, B = _Spec(cell, each, directions), x.shape[0], x.shape[1]
+    spec, T, B = Spec(cell, each, directions), x.shape[0], x.shape[1]
     prepared = _prepare(spec, params)
-    states = _initial(spec, prepared, _optional(h), _optional(c), B)
+    states = stack.initial(spec, prepared, _optional(h), _optional(c), B)
     rows = _rows(lengths, reset, T, B)
     d_states = [_optional(d_h), _optional(d_c)][: len(states)]
     x_now, output_now = _arrays([x, output])
     tape = output_now, _arrays(kept)
-    dx, d_start, d_params = _backward(
+    dx, d_start, d_params = stack.backward(
         spec, prepared, x_now, states, _arrays(masks), tape, rows, _optional(d_output), d_states
     )
     dc = _tensor(d_start[1]) if len(d_start) == 2 else x.new_empty(0)
     return _tensor(dx), _tensor(d_start[0]), dc, [_tensor(array) for array in d_params]
-
-
-def _sizes(spec: _Spec, params: Sequence[Tensor]) -> tuple[int, int, int]:
-    """Return how many layers and directions there are, the size of h and that of a cell."""
-    W = params[1].shape[1]
-    return len(params) // spec.each, W, params[spec.each - 1].shape[1] if spec.each % 2 else W
 
 
 def _forward_shapes(
@@ -262,15 +143,9 @@ def _forward_shapes(
     directions: int,
     training: bool,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    from fastrnn.kernels import cells
-
-    T, B, _ = x.shape
-    K, W, H = _sizes(_Spec(cell, each, directions), params)
-    kept = []
-    if training:
-        kind = cells.LSTM_PROJECTED if each % 2 else cells.CELLS[cell]
-        kept = [x.new_empty(T, B, directions * W) for _ in range(K // directions - 1)]
-        kept += [x.new_empty(T * B * kind.tape * H) for _ in range(K)]
+    spec, (T, B, _) = Spec(cell, each, directions), x.shape
+    K, W, H = spec.sizes(params)
+    kept = [x.new_empty(shape) for shape in spec.kept_shapes(T, B, params)] if training else []
     c_n = x.new_empty(K, B, H) if cell == "lstm" else x.new_empty(0)
     return x.new_empty(T, B, directions * W), x.new_empty(K, B, W), c_n, kept
 
@@ -292,7 +167,7 @@ def _backward_shapes(
     each: int,
     directions: int,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    B, (K, W, H) = x.shape[1], _sizes(_Spec(cell, each, directions), params)
+    B, (K, W, H) = x.shape[1], Spec(cell, each, directions).sizes(params)
     dc = x.new_empty(K, B, H) if cell == "lstm" else x.new_empty(0)
     return x.new_empty(x.shape), x.new_empty(K, B, W), dc, [param.new_empty(param.shape) for param in params]
 
@@ -351,8 +226,8 @@ class _OnCPU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: tuple[Any, ...], x: Tensor, h: Any, c: Any, *params: Tensor) -> tuple[Tensor, ...]:
         spec, prepared, masks, rows = call
-        states = _initial(spec, prepared, _optional(h), _optional(c), x.shape[1])
-        output, last, kept = _forward(spec, prepared, _arrays([x])[0], states, _arrays(masks), rows, training=True)
+        states = stack.initial(spec, prepared, _optional(h), _optional(c), x.shape[1])
+        output, last, kept = stack.forward(spec, prepared, _arrays([x])[0], states, _arrays(masks), rows, training=True)
         result = _tensor(output)
         # All that is large goes through PyTorch's hands, which free it early, or compute it again for a checkpoint.
         ctx.save_for_backward(x, h, c, result, *params, *masks, *map(_tensor, kept))
@@ -373,10 +248,10 @@ class _OnCPU(torch.autograd.Function):
             tensors = x, h, c, output, params, masks, kept, lengths, reset
             dx, dh, dc, d_params = torch.ops.fastrnn.backward.default(d_output, d_h, d_c, *tensors, *spec)
             return (None, dx, None if h is None else dh, None if c is None else dc, *d_params)
-        states = _initial(spec, prepared, _optional(h), _optional(c), x.shape[1])
+        states = stack.initial(spec, prepared, _optional(h), _optional(c), x.shape[1])
         x_now, output_now = _arrays([x, output])
         tape, d_states = (output_now, _arrays(kept)), [_optional(d) for d in d_last]
-        dx, d_start, d_array = _backward(
+        dx, d_start, d_array = stack.backward(
             spec, prepared, x_now, states, _arrays(masks), tape, rows, _optional(d_output), d_states
         )
         starts = (*map(_tensor, d_start), None)[:2]
@@ -413,7 +288,7 @@ class _OnGPU(torch.autograd.Function):
 
 
 def _run_on_gpu(
-    spec: _Spec, x: Tensor, h: Any, c: Any, params: Sequence[Tensor], masks: Sequence[Tensor], rows: Any, training: bool
+    spec: Spec, x: Tensor, h: Any, c: Any, params: Sequence[Tensor], masks: Sequence[Tensor], rows: Any, training: bool
 ) -> tuple[Tensor, ...]:
     lengths, reset = rows
     D, parts = spec.directions, []
@@ -446,7 +321,7 @@ class _Module(torch.nn.Module):
     hidden_size: int
     bias: bool
     training: bool
-    _spec: _Spec
+    _spec: Spec
     _kept: Any  # the parameters in the backend's hands, and where they stand in memory
     _flat_weights_names: list[str]
     _shapes: list[tuple[int, ...]]
@@ -534,8 +409,8 @@ class _Module(torch.nn.Module):
             result = prepared[0].again(x_now.reshape(T * B, I), T, tuple(given) if given else None)
             if result is not None:
                 return (_tensor(result[0].reshape(T, B, prepared[0].h)), *map(_tensor, result[1]))
-        states = _initial(self._spec, prepared, h_now, c_now, B)
-        output, last, _ = _forward(self._spec, prepared, x_now, states, _arrays(masks), rows, training=False)
+        states = stack.initial(self._spec, prepared, h_now, c_now, B)
+        output, last, _ = stack.forward(self._spec, prepared, x_now, states, _arrays(masks), rows, training=False)
         return (_tensor(output), *map(_tensor, last))
 
     def _prepare(self, params: list[Tensor]) -> list[Any]:
@@ -645,7 +520,7 @@ class _Recurrent(_Module):
         self.bidirectional, self.proj_size = bool(bidirectional), proj_size
 
         D, W, rows = 1 + self.bidirectional, proj_size or hidden_size, _GATES[mode] * hidden_size
-        self._spec = _Spec(mode.lower(), 2 + 2 * bias + (proj_size > 0), D)
+        self._spec = Spec(mode.lower(), 2 + 2 * bias + (proj_size > 0), D)
         self._all_weights = []
         named: list[tuple[str, tuple[int, ...]]] = []
         for layer in range(num_layers):
@@ -1036,7 +911,7 @@ class _Cell(_Module):
             functional.check_integer(name, size, 1)
         self.mode, self.input_size, self.hidden_size = mode, input_size, hidden_size
         self.bias = functional.check_flag("bias", bias)
-        self._spec = _Spec(mode.lower(), 2 + 2 * self.bias, 1)
+        self._spec = Spec(mode.lower(), 2 + 2 * self.bias, 1)
         rows = _GATES[mode] * hidden_size
         shapes = [(rows, input_size), (rows, hidden_size), (rows,), (rows,)]
         self._make(zip(self._spec.names, shapes, strict=False), device, dtype)
