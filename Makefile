@@ -3,10 +3,10 @@
 PYTHON ?= python3
 VENV   ?= .venv
 
-# A small build for CPUs in most places; the tests that compare with PyTorch run where it is installed.
-# JAX and ONNX Runtime, which the benchmarks compare with, need Python 3.11.
-FRAMEWORKS = torch==2.13.0 expecttest onnx==1.23.2 \
-  'onnxruntime==1.31.1; python_version >= "3.11"' 'jax==0.10.2; python_version >= "3.11"'
+# A small build for CPUs in most places; the tests that compare with a framework run where it is installed. These are the
+# versions tested; all but the first line need Python 3.11.
+FRAMEWORKS = torch==2.13.0 expecttest onnx==1.23.2 'dask[array]==2026.8.0' $(foreach p, \
+  onnxruntime==1.31.1 jax==0.10.2 flax==0.12.8 equinox==0.13.8 keras==3.15.1 tensorflow-cpu==2.21.0, '$(p); python_version >= "3.11"')
 # Kernels for GPUs are compiled, and their machine code looked at, without a GPU; these are most of what is installed.
 LINUX = sys_platform == "linux" and python_version >= "3.11"
 CUDA = 'numba-cuda[cu13]>=0.28,<1; $(LINUX)' 'nvidia-cuda-nvdisasm>=13,<14; $(LINUX)'
@@ -17,7 +17,7 @@ SUITE = compare limits growth memory start disturbed
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input
 
-.PHONY: help demo test test-all test-gpu bench bench-gpu bench-layers bench-report check clean
+.PHONY: help demo examples test test-all test-gpu bench bench-gpu bench-layers bench-report check clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -25,6 +25,9 @@ help: ## list the targets
 
 demo: $(VENV)/.installed ## train a character-level language model on Python's own sources and let it write (about a minute)
 	@$(BIN)/python -m fastrnn demo
+
+examples: $(VENV)/.test-all ## run every example and write the table in examples/README.md (ARGS=--quick: small runs, nothing written)
+	@$(BIN)/python examples/run.py $(ARGS)
 
 test: $(VENV)/.test ## run the tests
 	@$(BIN)/python -m pytest tests benchmarks --benchmark-disable $(ARGS)
@@ -55,7 +58,7 @@ check: $(VENV)/.check ## lint, formatting and types
 
 clean: ## remove the environment and everything that was built
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
-	find fastrnn kernels tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
+	find fastrnn kernels tests benchmarks examples -name __pycache__ -prune -exec rm -rf {} +
 
 # One stamp for each set of packages: newer than pyproject.toml means that it is installed.
 $(VENV)/.made:
@@ -77,7 +80,7 @@ $(VENV)/.test: $(VENV)/.installed
 
 $(VENV)/.test-all: $(VENV)/.test
 	@echo 'Installing the optional packages into $(VENV) (once)'
-	@$(PIP) --editable '.[test,bench,safetensors]' $(FRAMEWORKS) $(CUDA)
+	@$(PIP) --editable '.[test,bench,examples,safetensors]' $(FRAMEWORKS) $(CUDA)
 	@touch $@
 
 $(VENV)/.check: $(VENV)/.installed

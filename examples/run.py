@@ -1,0 +1,92 @@
+"""Run the examples one after the other, and write the table in README.md from what they print.
+
+Usage: python examples/run.py [--quick] [NAME ...]
+
+With --quick, small runs, and nothing is written.
+"""
+
+import argparse
+import ast
+import json
+import os
+import subprocess
+import sys
+import time
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from fastrnn import machine
+
+HERE = Path(__file__).parent
+OTHERS = {"common", "run"}
+RESULTS = HERE / "results.json"
+BEGIN, END = "<!-- table:begin -->\n", "<!-- table:end -->\n"
+
+
+def names() -> list[str]:
+    """Return the names of all examples."""
+    return sorted(path.stem for path in HERE.glob("*.py") if path.stem not in OTHERS)
+
+
+def title(name: str) -> str:
+    """Return the first line of the example's docstring."""
+    text = ast.get_docstring(ast.parse((HERE / f"{name}.py").read_text())) or ""
+    return text.partition("\n")[0].rstrip(".")
+
+
+def run(name: str, quick: bool) -> dict[str, Any] | None:
+    """Run an example; return its last line's figures and the seconds it took, or None if it was skipped and says why."""
+    print(f"== {name}: {title(name)}", flush=True)
+    start = time.perf_counter()
+    command = [sys.executable, str(HERE / f"{name}.py"), *["--quick"] * quick]
+    process = subprocess.run(command, stdout=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL, check=False)
+    seconds = time.perf_counter() - start
+    print(process.stdout, end="")
+    print(f"{seconds:.0f} s", flush=True)
+    if process.returncode:
+        raise SystemExit(f"{name} ended with {process.returncode}")
+    last = process.stdout.rstrip().rpartition("\n")[2]
+    return json.loads(last) | {"seconds": seconds} if last.startswith("{") else None
+
+
+def table(results: dict[str, Any]) -> str:
+    """Return the table of the README."""
+    lines = ["| example | what it shows | measure | fastrnn | baseline | seconds |", "|---|---|---|---|---|---|"]
+    for name, result in sorted(results["examples"].items()):
+        ours, theirs = f"{result['ours']:.4g}", f"{result['baseline']}: {result['theirs']:.4g}"
+        cells = f"[{name}]({name}.py)", title(name), result["measure"], ours, theirs, f"{result['seconds']:.0f}"
+        lines.append(f"| {' | '.join(cells)} |")
+    return f"{results['machine']}, {results['date']}.\n\n" + "\n".join(lines) + "\n"
+
+
+def write(new: dict[str, Any]) -> None:
+    """Merge the results into those that are there, and write the table anew."""
+    old = json.loads(RESULTS.read_text())["examples"] if RESULTS.exists() else {}
+    examples = {name: result for name, result in (old | new).items() if name in names()}
+    processor = machine.processor()["processor"]
+    results = {"machine": f"{processor}, {os.cpu_count()} cores", "date": str(date.today()), "examples": examples}
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    readme = HERE / "README.md"
+    before, rest = readme.read_text().split(BEGIN)
+    readme.write_text(before + BEGIN + table(results) + END + rest.split(END)[1])
+
+
+def main() -> None:
+    """Read the command line, and run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(names())}; all by default")
+    arguments = parser.parse_args()
+    unknown = set(arguments.names) - set(names())
+    if unknown:
+        parser.error(f"there is no example {', '.join(sorted(unknown))}")
+    results = {name: run(name, arguments.quick) for name in arguments.names or names()}
+    skipped = [name for name, result in results.items() if result is None]
+    print(f"{len(results) - len(skipped)} of {len(results)} examples ran; skipped: {', '.join(skipped) or 'none'}")
+    if not arguments.quick:
+        write({name: result for name, result in results.items() if result is not None})
+
+
+if __name__ == "__main__":
+    main()
