@@ -214,9 +214,26 @@ def _size(shape: Shape) -> int:
 
 # The blocks of H rows in the order in which each system stacks them, by PyTorch's letters (g is Keras' and ONNX' c).
 ORDERS = {
-    "lstm": {"pytorch": "ifgo", "keras": "ifgo", "onnx": "iofg"},
-    "gru": {"pytorch": "rzn", "keras": "zrn", "onnx": "zrn"},
+    "lstm": {"pytorch": "ifgo", "keras": "ifgo", "onnx": "iofg", "flax": "ifgo", "equinox": "ifgo", "cudnn": "ifgo"},
+    "gru": {"pytorch": "rzn", "keras": "zrn", "onnx": "zrn", "flax": "rzn", "equinox": "rzn", "cudnn": "rzn"},
     "gru_reset_before": {"pytorch": "rzn", "keras": "zrn", "onnx": "zrn"},
+}
+
+# The systems as they are written, and why some have no place for some cells.
+SYSTEMS = {
+    "pytorch": "PyTorch",
+    "keras": "Keras",
+    "onnx": "ONNX",
+    "flax": "Flax",
+    "equinox": "Equinox",
+    "cudnn": "cuDNN",
+}
+_AFTER = "its GRU resets after the recurrent product, another function, which these weights do not fit"
+_EQUINOX_CELLS = "it has LSTMCell and GRUCell and no simple cell"
+_LACKS = {
+    "flax": {"gru_reset_before": _AFTER},
+    "equinox": {"gru_reset_before": _AFTER, **dict.fromkeys(("rnn_tanh", "rnn_relu", "rnn_sigmoid"), _EQUINOX_CELLS)},
+    "cudnn": {"gru_reset_before": _AFTER, "rnn_sigmoid": "its RNN has tanh and relu only"},
 }
 
 
@@ -230,7 +247,7 @@ def reorder_gates(cell: str, array: np.ndarray, source: str, target: str) -> np.
     array : numpy.ndarray
         (G·H, ...), a weight or a bias with the gates along the first axis.
     source, target : str
-        "pytorch", "keras" or "onnx".
+        "pytorch", "keras", "onnx", "flax", "equinox" or "cudnn".
 
     Returns
     -------
@@ -240,18 +257,18 @@ def reorder_gates(cell: str, array: np.ndarray, source: str, target: str) -> np.
     Raises
     ------
     ValueError
-        If there is no such cell or system, or the rows do not divide into the cell's gates.
+        If there is no such cell or system, the system does not have the cell, or the rows do not divide into the
+        cell's gates.
 
     Examples
     --------
     >>> reorder_gates("gru", np.array([1.0, 2.0, 3.0]), "pytorch", "keras")  # r z n to z r n
     array([2., 1., 3.])
     """
-    if cell not in GATES:
-        raise ValueError(f"cell is {cell!r}, expected one of {_some(CELLS)}")
     for name, system in (("source", source), ("target", target)):
-        if system not in ("pytorch", "keras", "onnx"):
-            raise ValueError(f"{name} is {system!r}, expected 'pytorch', 'keras' or 'onnx'")
+        if system not in SYSTEMS:
+            raise ValueError(f"{name} is {system!r}, expected one of {_some(SYSTEMS)}")
+        _check_has(system, cell)
     G = GATES[cell]
     if array.ndim == 0 or array.shape[0] % G:
         raise ValueError(f"array has shape {array.shape}, expected ({G} * H, ...): {cell} has {G} gates")
@@ -289,7 +306,10 @@ def to_keras(cell: str, params: Mapping[str, np.ndarray]) -> list[np.ndarray]:
     >>> [array.shape for array in to_keras("gru", params)]
     [(2, 12), (4, 12), (2, 12)]
     """
-    w = {name: reorder_gates(cell, array, "pytorch", "keras") for name, array in _unprojected(cell, params).items()}
+    w = {
+        name: reorder_gates(cell, array, "pytorch", "keras")
+        for name, array in _converted("keras", cell, params).items()
+    }
     arrays = [w["weight_ih"].T, w["weight_hh"].T]
     if "bias_ih" in w:
         pair = (w["bias_ih"], w["bias_hh"])
@@ -331,11 +351,13 @@ def from_keras(cell: str, arrays: Sequence[np.ndarray]) -> Params:
     if bias:
         rows, two = kernel.shape[-1:], cell == "gru"
         if bias[0].shape != ((2, *rows) if two else rows):
-            raise ValueError(f"bias has shape {bias[0].shape}, expected {(2, *rows) if two else rows} for {cell}")
+            form = f": that is a GRU with reset_after={not two}, another function" if cell.startswith("gru") else ""
+            wanted = (2, *rows) if two else rows
+            raise ValueError(f"bias has shape {bias[0].shape}, expected {wanted} for {cell}{form}")
         params["bias_ih"], params["bias_hh"] = bias[0] if two else (bias[0], np.zeros_like(bias[0]))
     return {
         name: np.ascontiguousarray(reorder_gates(cell, array, "keras", "pytorch"))
-        for name, array in _unprojected(cell, params).items()
+        for name, array in _converted("keras", cell, params).items()
     }
 
 
@@ -367,11 +389,10 @@ def to_onnx(cell: str, directions: Sequence[Mapping[str, np.ndarray]]) -> Params
     """
     if len(directions) not in (1, 2):
         raise ValueError(f"directions holds {len(directions)} entries, expected 1 or 2")
-    if len({tuple(sorted(params)) for params in directions}) > 1:
-        raise ValueError("directions hold different parameters, expected the same names in both")
+    _check_alike("directions", directions)
     parts = [
-        {name: reorder_gates(cell, array, "pytorch", "onnx") for name, array in _unprojected(cell, params).items()}
-        for params in directions
+        {name: reorder_gates(cell, array, "pytorch", "onnx") for name, array in _converted("onnx", cell, part).items()}
+        for part in directions
     ]
     inputs = {
         "W": np.stack([part["weight_ih"] for part in parts]),
@@ -420,17 +441,321 @@ def from_onnx(cell: str, W: np.ndarray, R: np.ndarray, B: np.ndarray | None = No
         params = {"weight_ih": W[d], "weight_hh": R[d]}
         if B is not None:
             params |= {"bias_ih": B[d, :rows], "bias_hh": B[d, rows:]}
-        params = dict(_unprojected(cell, params))
+        params = dict(_converted("onnx", cell, params))
         parts.append({name: reorder_gates(cell, array, "onnx", "pytorch") for name, array in params.items()})
     return parts
 
 
-def _unprojected(cell: str, params: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-    """Return `params` if they are those of an unprojected layer."""
+def to_flax(cell: str, params: Mapping[str, np.ndarray], form: str = "nnx") -> dict[str, Params]:
+    """Return one layer's parameters as the nested dict of a Flax cell.
+
+    Parameters
+    ----------
+    cell : str
+        One of `CELLS`. "rnn_tanh", "rnn_relu" and "rnn_sigmoid" are Flax' ``SimpleCell`` with that ``activation_fn``.
+    params : mapping
+        One layer in one direction, with the names of `cell_shapes`.
+    form : str
+        "nnx" for ``nnx.OptimizedLSTMCell``, ``nnx.GRUCell`` and ``nnx.SimpleCell``; "nnx_gates" for ``nnx.LSTMCell``,
+        which has a matrix for each gate; "linen" for the cells of ``flax.linen``.
+
+    Returns
+    -------
+    dict of str to dict
+        For "nnx" ``dense_i`` and ``dense_h`` with ``kernel`` (I, G·H) and (H, G·H), for the others a matrix (I, H) or
+        (H, H) for each gate; the one ``bias``, the sum of ours, stands where the cell has it. Flax' cells always have a
+        bias: it is zero for params without.
+
+    Raises
+    ------
+    ValueError
+        For "gru_reset_before" and a projected LSTM, which Flax does not have; for a "gru" whose b_hn, the last third of
+        ``bias_hh``, is not zero in the form "nnx", where nothing can hold it ("linen" can); for parameters that do not
+        fit the cell.
+
+    Examples
+    --------
+    >>> params = {name: np.ones(shape, np.float32) for name, shape in cell_shapes("lstm", 2, 4).items()}
+    >>> tree = to_flax("lstm", params)
+    >>> [(name, key, array.shape) for name, part in tree.items() for key, array in part.items()]
+    [('dense_i', 'kernel', (2, 16)), ('dense_h', 'kernel', (4, 16)), ('dense_h', 'bias', (16,))]
+    """
+    params = _converted("flax", cell, params)
+    names_i, names_h = _flax_names(cell, form)
+    bias, bias_n = _one_bias(cell, params)
+    if bias is None:
+        rows = len(params["weight_ih"])
+        bias, bias_n = (np.zeros(n, params["weight_ih"].dtype) for n in (rows, rows // GATES[cell]))
+    kernels = [params["weight_ih"], params["weight_hh"]]
+    tree: dict[str, Params] = {}
+    for names, kernel in zip((names_i, names_h), kernels, strict=True):
+        for name, block in zip(names, np.split(kernel, len(names)), strict=True):
+            tree[name] = {"kernel": np.ascontiguousarray(block.T)}
+    owners = names_h if cell == "lstm" else names_i
+    for name, block in zip(owners, np.split(bias, len(owners)), strict=True):
+        tree[name]["bias"] = block.copy()
+    if cell == "gru" and form == "linen":
+        tree["hn"]["bias"] = np.asarray(bias_n)
+    elif cell == "gru" and np.any(bias_n):
+        message = "the last third of bias_hh, b_hn inside the reset gate's product, is not zero, and nnx.GRUCell has"
+        raise ValueError(f"{message} no place for it: flax.linen's GRUCell has, form='linen'")
+    return tree
+
+
+def from_flax(cell: str, tree: Mapping[str, Mapping[str, Any]]) -> Params:
+    """Return a Flax cell's parameters as one layer's parameters: the inverse of `to_flax`.
+
+    Parameters
+    ----------
+    cell : str
+        As for `to_flax`.
+    tree : mapping of str to mapping
+        In any of the forms of `to_flax`, which its names tell: ``nnx.to_pure_dict(nnx.state(cell, nnx.Param))``, or
+        ``variables["params"]`` of ``flax.linen``. A bias at the input's matrices becomes ``bias_ih``, one at the
+        state's ``bias_hh``, and what is missing is zero.
+
+    Returns
+    -------
+    dict of str to numpy.ndarray
+
+    Raises
+    ------
+    ValueError
+        If the names are those of no form, Flax does not have the cell, or a shape is not what the cell has.
+
+    Examples
+    --------
+    >>> tree = {"dense_i": {"kernel": np.ones((2, 12)), "bias": np.ones(12)}, "dense_h": {"kernel": np.ones((4, 12))}}
+    >>> params = from_flax("gru", tree)
+    >>> {name: array.shape for name, array in params.items()}
+    {'weight_ih': (12, 2), 'weight_hh': (12, 4), 'bias_ih': (12,), 'bias_hh': (12,)}
+    """
+    _check_has("flax", cell)
+    forms = [_flax_names(cell, form) for form in ("nnx", "linen", *["nnx_gates"] * (cell == "lstm"))]
+    fitting = [sides for sides in forms if set(tree) == {*sides[0], *sides[1]}]
+    if not fitting:
+        expected = ", or ".join(_some([*inputs, *states]) for inputs, states in forms)
+        raise ValueError(f"tree has the names {_some(tree)}, expected {expected}")
+    params: Params = {}
+    for side, names in zip(("ih", "hh"), fitting[0], strict=True):
+        for name in names:
+            if "kernel" not in tree[name] or np.ndim(tree[name]["kernel"]) != 2:
+                raise ValueError(f"tree[{name!r}] needs a matrix 'kernel'")
+        kernels = [np.asarray(tree[name]["kernel"]) for name in names]
+        params[f"weight_{side}"] = np.ascontiguousarray(np.concatenate([kernel.T for kernel in kernels]))
+        biases = [
+            np.asarray(tree[name]["bias"]) if "bias" in tree[name] else np.zeros(kernel.shape[1], kernel.dtype)
+            for name, kernel in zip(names, kernels, strict=True)
+        ]
+        params[f"bias_{side}"] = np.concatenate(biases)
+    params = dict(_converted("flax", cell, params))
+    return {name: params[name] for name in cell_shapes(cell, 1, 1)}
+
+
+def _flax_names(cell: str, form: str) -> tuple[list[str], list[str]]:
+    """Return the names of the matrices over the input and of those over the state, in the order of the gates."""
+    if form not in ("nnx", "nnx_gates", "linen"):
+        raise ValueError(f"form is {form!r}, expected 'nnx', 'nnx_gates' or 'linen'")
+    if form == "nnx":
+        return ["dense_i"], ["dense_h"]
+    if form == "nnx_gates" and cell != "lstm":
+        raise ValueError(f"form is 'nnx_gates' and cell is {cell!r}: only nnx.LSTMCell has it, expected 'nnx'")
+    gates = ORDERS[cell]["flax"] if cell in ORDERS else [""]
+    ends = [gate + "_" if form == "nnx_gates" and gate == "f" else gate for gate in gates]  # `if` is no attribute
+    return [f"i{end}" for end in ends], [f"h{gate}" for gate in gates]
+
+
+def to_equinox(cell: str, params: Mapping[str, np.ndarray]) -> Params:
+    """Return one layer's parameters as the arrays of an Equinox cell.
+
+    Parameters
+    ----------
+    cell : str
+        "lstm" for ``equinox.nn.LSTMCell``, "gru" for ``equinox.nn.GRUCell``.
+    params : mapping
+        One layer in one direction, with the names of `cell_shapes`.
+
+    Returns
+    -------
+    dict of str to numpy.ndarray
+        By the cell's attributes: ``weight_ih`` (G·H, I), ``weight_hh`` (G·H, H) and, with biases, ``bias`` (G·H,), the
+        sum of ours; for "gru" also ``bias_n`` (H,), the one that the reset gate multiplies.
+
+    Raises
+    ------
+    ValueError
+        For the other cells and a projected LSTM, which Equinox does not have, and for parameters that do not fit the
+        cell.
+
+    Examples
+    --------
+    >>> params = {name: np.ones(shape, np.float32) for name, shape in cell_shapes("gru", 2, 4).items()}
+    >>> {name: array.shape for name, array in to_equinox("gru", params).items()}
+    {'weight_ih': (12, 2), 'weight_hh': (12, 4), 'bias': (12,), 'bias_n': (4,)}
+    """
+    params = _converted("equinox", cell, params)
+    bias, bias_n = _one_bias(cell, params)
+    arrays = {name: params[name].copy() for name in ("weight_ih", "weight_hh")}
+    return arrays | {name: array for name, array in (("bias", bias), ("bias_n", bias_n)) if array is not None}
+
+
+def from_equinox(cell: str, arrays: Mapping[str, Any]) -> Params:
+    """Return an Equinox cell's arrays as one layer's parameters: the inverse of `to_equinox`.
+
+    Parameters
+    ----------
+    cell : str
+        "lstm" or "gru".
+    arrays : mapping of str to array
+        As `to_equinox` returns them; ``bias`` and ``bias_n`` may be None or missing together. ``bias`` becomes
+        ``bias_ih``, and ``bias_hh`` is zero but for the block that ``bias_n`` is.
+
+    Returns
+    -------
+    dict of str to numpy.ndarray
+
+    Raises
+    ------
+    ValueError
+        If an array is missing or too many, Equinox does not have the cell, or a shape is not what the cell has.
+
+    Examples
+    --------
+    >>> params = from_equinox("lstm", {"weight_ih": np.ones((16, 2)), "weight_hh": np.ones((16, 4)), "bias": None})
+    >>> {name: array.shape for name, array in params.items()}
+    {'weight_ih': (16, 2), 'weight_hh': (16, 4)}
+    """
+    _check_has("equinox", cell)
+    given = {name: np.array(array) for name, array in arrays.items() if array is not None}
+    expected = ["weight_ih", "weight_hh", "bias", "bias_n"][: 4 if cell == "gru" else 3]
+    if set(given) != set(expected[:2]) and set(given) != set(expected):
+        raise ValueError(f"arrays has {_some(given)}, expected {_some(expected)}, or the first two")
+    params = {name: given[name] for name in expected[:2]}
+    if "bias" in given:
+        params |= {"bias_ih": given["bias"], "bias_hh": np.zeros_like(given["bias"])}
+    params = dict(_converted("equinox", cell, params))
+    if "bias_n" in given:
+        H = params["weight_hh"].shape[1]
+        params["bias_hh"][2 * H :] = check_value("bias_n", given["bias_n"], (H,))
+    return params
+
+
+def to_cudnn(cell: str, parts: Sequence[Mapping[str, np.ndarray]]) -> np.ndarray:
+    """Return the parameters of a stack of layers as one array in the order of cuDNN's weight space.
+
+    Parameters
+    ----------
+    cell : str
+        "rnn_tanh", "rnn_relu", "lstm" or "gru".
+    parts : sequence of mapping
+        The parameters of each layer and direction, layer by layer and forward before reverse, with the names of
+        `cell_shapes`.
+
+    Returns
+    -------
+    numpy.ndarray
+        One-dimensional: ``weight_ih``, ``weight_hh`` of each part, gates in PyTorch's order and row after row, and
+        behind them ``bias_ih``, ``bias_hh`` of each part, if there are biases.
+
+    Raises
+    ------
+    ValueError
+        For "gru_reset_before" and "rnn_sigmoid", which cuDNN does not have; for a projected LSTM, for which it adds
+        matrices; for parameters that do not fit the cell.
+
+    Examples
+    --------
+    >>> params = {name: np.ones(shape, np.float32) for name, shape in cell_shapes("lstm", 2, 4).items()}
+    >>> to_cudnn("lstm", [params]).shape  # 16 · 2 + 16 · 4 + 16 + 16
+    (128,)
+    """
+    if not parts:
+        raise ValueError("parts is empty, expected the parameters of at least one layer")
+    _check_alike("parts", parts)
+    parts = [_converted("cudnn", cell, part) for part in parts]
+    kinds = [("weight_ih", "weight_hh"), ("bias_ih", "bias_hh")][: 2 if "bias_ih" in parts[0] else 1]
+    return np.concatenate([part[name].ravel() for kind in kinds for part in parts for name in kind])
+
+
+def from_cudnn(
+    cell: str,
+    array: np.ndarray,
+    input_size: int,
+    hidden_size: int,
+    num_layers: int = 1,
+    *,
+    bias: bool = True,
+    bidirectional: bool = False,
+) -> list[Params]:
+    """Return what is in cuDNN's weight space as parameters: the inverse of `to_cudnn`.
+
+    Parameters
+    ----------
+    cell : str
+        As for `to_cudnn`.
+    array : numpy.ndarray
+        One-dimensional, in the order that `to_cudnn` returns.
+    input_size, hidden_size, num_layers, bias, bidirectional
+        Of the stack of layers.
+
+    Returns
+    -------
+    list of dict
+        One for each layer and direction, layer by layer and forward before reverse.
+
+    Raises
+    ------
+    ValueError
+        If cuDNN does not have the cell, or the array has another size.
+
+    Examples
+    --------
+    >>> parts = from_cudnn("gru", np.ones(12 * 2 + 12 * 4 + 24), 2, 4)
+    >>> {name: block.shape for name, block in parts[0].items()}
+    {'weight_ih': (12, 2), 'weight_hh': (12, 4), 'bias_ih': (12,), 'bias_hh': (12,)}
+    """
+    _check_has("cudnn", cell)
+    spec = Architecture(cell, input_size, hidden_size, num_layers, bias, bidirectional)
+    if array.shape != (spec.num_parameters,):
+        raise ValueError(f"array has shape {array.shape}, expected {(spec.num_parameters,)} for {spec}")
+    shapes, parameters, at = spec.shapes(), {}, 0
+    for name in sorted(shapes, key=lambda name: name.startswith("bias")):  # a stable sort: weights before biases
+        size = _size(shapes[name])
+        parameters[name] = array[at : at + size].reshape(shapes[name]).copy()
+        at += size
+    return spec.split(parameters)
+
+
+def _one_bias(cell: str, params: Mapping[str, np.ndarray]) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Return the sum of the two biases and, for "gru", apart what cannot be added: b_hn is inside the reset gate."""
+    if "bias_ih" not in params:
+        return None, None
+    bias = params["bias_ih"] + params["bias_hh"]
+    if cell != "gru":
+        return bias, None
+    n = len(bias) // 3 * 2
+    bias[n:] = params["bias_ih"][n:]
+    return bias, params["bias_hh"][n:].copy()
+
+
+def _check_has(system: str, cell: str) -> None:
+    """Check that there is such a cell, in that system."""
     if cell not in GATES:
         raise ValueError(f"cell is {cell!r}, expected one of {_some(CELLS)}")
+    if cell in _LACKS.get(system, ()):
+        raise ValueError(f"cell is {cell!r}, which {SYSTEMS[system]} does not have: {_LACKS[system][cell]}")
+
+
+def _check_alike(name: str, parts: Sequence[Mapping[str, np.ndarray]]) -> None:
+    if len({tuple(sorted(params)) for params in parts}) > 1:
+        raise ValueError(f"{name} hold different parameters, expected the same names in all")
+
+
+def _converted(system: str, cell: str, params: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+    """Return `params` if they are those of one layer that the system can have."""
+    _check_has(system, cell)
     if "weight_hr" in params:
-        raise ValueError("params hold weight_hr: a projected LSTM exists neither in Keras nor in ONNX")
+        raise ValueError(f"params hold weight_hr: a projected LSTM cannot be converted to {SYSTEMS[system]}")
     for name in ("weight_ih", "weight_hh"):
         if name not in params or params[name].ndim != 2:
             raise ValueError(f"params need a matrix {name}")

@@ -163,6 +163,9 @@ def test_orders_are_the_published_ones():
     blocks = np.arange(4.0)  # i f g o
     np.testing.assert_array_equal(reorder_gates("lstm", blocks, "pytorch", "onnx"), [0, 3, 1, 2])
     np.testing.assert_array_equal(reorder_gates("lstm", blocks, "pytorch", "keras"), [0, 1, 2, 3])
+    for system in ("flax", "equinox", "cudnn"):
+        np.testing.assert_array_equal(reorder_gates("lstm", blocks, "onnx", system), [0, 2, 3, 1])
+        np.testing.assert_array_equal(reorder_gates("gru", blocks[:3], "keras", system), [1, 0, 2])
     np.testing.assert_array_equal(reorder_gates("gru", blocks[:3], "pytorch", "onnx"), [1, 0, 2])
     np.testing.assert_array_equal(reorder_gates("gru", blocks[:3], "pytorch", "keras"), [1, 0, 2])
     np.testing.assert_array_equal(reorder_gates("rnn_tanh", blocks, "pytorch", "keras"), blocks)
@@ -171,7 +174,7 @@ def test_orders_are_the_published_ones():
 @each_cell
 def test_reordering_there_and_back(cell):
     array = uniform(weights.GATES[cell] * H, I)
-    for system in ("pytorch", "keras", "onnx"):
+    for system in weights.ORDERS.get(cell, ("pytorch", "keras", "onnx")):
         there = reorder_gates(cell, array, "pytorch", system)
         np.testing.assert_array_equal(reorder_gates(cell, there, system, "pytorch"), array)
         assert not np.shares_memory(there, array)
@@ -198,17 +201,22 @@ W, R = np.zeros((1, 24, 4)), np.zeros((1, 24, 6))
     [
         ("cell is 'LSTM', expected one of 'rnn_tanh'", lambda: reorder_gates("LSTM", np.zeros(4), "pytorch", "onnx")),
         (
-            "source is 'torch', expected 'pytorch', 'keras' or 'onnx'",
+            "source is 'torch', expected one of 'pytorch', 'keras', 'onnx', 'flax', 'equinox', 'cudnn'",
             lambda: reorder_gates("gru", BIAS, "torch", "onnx"),
         ),
-        ("target is 'jax', expected 'pytorch', 'keras' or 'onnx'", lambda: reorder_gates("gru", BIAS, "onnx", "jax")),
+        ("target is 'jax', expected one of 'pytorch', 'keras'", lambda: reorder_gates("gru", BIAS, "onnx", "jax")),
         (
             "array has shape (5,), expected (4 * H, ...): lstm has 4 gates",
             lambda: reorder_gates("lstm", np.zeros(5), "onnx", "keras"),
         ),
+        (
+            "cell is 'gru_reset_before', which Flax does not have: its GRU resets after the recurrent product",
+            lambda: reorder_gates("gru_reset_before", np.zeros(3), "pytorch", "flax"),
+        ),
+        ("cell is 'rnn_tanh', which Equinox", lambda: reorder_gates("rnn_tanh", np.zeros(3), "equinox", "keras")),
         ("array has shape (), expected (4 * H, ...)", lambda: reorder_gates("lstm", np.zeros(()), "onnx", "keras")),
-        ("a projected LSTM exists neither in Keras nor in ONNX", lambda: to_keras("lstm", PROJECTED)),
-        ("a projected LSTM exists neither in Keras nor in ONNX", lambda: to_onnx("lstm", [PROJECTED])),
+        ("a projected LSTM cannot be converted to Keras", lambda: to_keras("lstm", PROJECTED)),
+        ("a projected LSTM cannot be converted to ONNX", lambda: to_onnx("lstm", [PROJECTED])),
         ("cell is 'LSTM', expected one of 'rnn_tanh'", lambda: to_keras("LSTM", LSTM)),
         ("params need a matrix weight_ih", lambda: to_keras("lstm", {})),
         ("params need a matrix weight_hh", lambda: to_keras("lstm", LSTM | {"weight_hh": np.zeros(3)})),
@@ -217,14 +225,17 @@ W, R = np.zeros((1, 24, 4)), np.zeros((1, 24, 6))
             "arrays holds 4 arrays, expected kernel, recurrent_kernel and perhaps bias",
             lambda: from_keras("lstm", [0] * 4),
         ),
-        ("bias has shape (24,), expected (2, 24) for gru", lambda: from_keras("gru", to_keras("lstm", LSTM))),
         (
-            "bias has shape (2, 18), expected (18,) for gru_reset_before",
+            "expected (2, 24) for gru: that is a GRU with reset_after=False, another function",
+            lambda: from_keras("gru", to_keras("lstm", LSTM)),
+        ),
+        (
+            "bias has shape (2, 18), expected (18,) for gru_reset_before: that is a GRU with reset_after=True",
             lambda: from_keras("gru_reset_before", to_keras("gru", params_of("gru"))),
         ),
         ("directions holds 3 entries, expected 1 or 2", lambda: to_onnx("lstm", [LSTM] * 3)),
         (
-            "directions hold different parameters, expected the same names in both",
+            "directions hold different parameters, expected the same names in all",
             lambda: to_onnx("lstm", [LSTM, params_of("lstm", bias=False)]),
         ),
         ("W has shape (24, 4), expected (D, G * H, I)", lambda: from_onnx("lstm", W[0], R)),
