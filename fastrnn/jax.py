@@ -19,13 +19,15 @@ an exception.
 """
 
 import ctypes
+import dataclasses
 import functools
+import itertools
 import re
 import threading
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -41,6 +43,7 @@ from jax.interpreters import ad, batching, mlir
 
 from fastrnn import backend as backends
 from fastrnn import functional, stack
+from fastrnn.kernels import xla
 from fastrnn.stack import Spec
 from fastrnn.weights import GATES, Architecture, compare_names, names_error
 
@@ -52,7 +55,8 @@ Params = Mapping[str, Array]
 INFER, TRAIN, BACKWARD = "infer", "train", "backward"
 
 
-class Call(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Call:
     """One pass through a stack of layers: all that its arrays do not tell, and so all that it is compiled for.
 
     The operands are x, the states, the parameters, the masks of dropout, lengths and reset, in this order and as far as
@@ -70,33 +74,36 @@ class Call(NamedTuple):
     reset: bool
 
     @property
-    def parts(self) -> int:
-        """Layers times directions."""
-        return self.layers * self.spec.directions
-
-    @property
     def states(self) -> int:
         return 2 if self.spec.cell == "lstm" else 1
 
+    @functools.cached_property
     def counts(self) -> list[int]:
         """How many operands there are of each sort."""
-        masks = self.layers - 1 if self.dropout else 0
-        forward = [1, self.states * self.given, self.parts * self.spec.each, masks, int(self.lengths), int(self.reset)]
-        backward = [1, self.layers - 1 + self.parts, 1, self.states]
+        K, masks = self.layers * self.spec.directions, self.layers - 1 if self.dropout else 0
+        forward = [1, self.states * self.given, K * self.spec.each, masks, int(self.lengths), int(self.reset)]
+        backward = [1, self.layers - 1 + K, 1, self.states]
         return forward + backward if self.kind == BACKWARD else forward
 
-    def split(self, operands: Sequence[Any]) -> list[list[Any]]:
+    @functools.cached_property
+    def slices(self) -> list[slice]:
+        """Where the operands of each sort are."""
+        ends = list(itertools.accumulate(self.counts))
+        return [slice(end - count, end) for end, count in zip(ends, self.counts, strict=True)]
+
+    @functools.cached_property
+    def plain(self) -> bool:
+        """Whether it is the least that there can be."""
+        return self.kind == INFER and self.layers * self.spec.directions == 1 and not (self.lengths or self.reset)
+
+    def split(self, operands: Sequence[Any]) -> list[Any]:
         """Return the operands of each sort."""
-        groups, at = [], 0
-        for count in self.counts():
-            groups.append(list(operands[at : at + count]))
-            at += count
-        return groups
+        return [operands[place] for place in self.slices]
 
     def batch_axes(self) -> list[int | None]:
-        """Return where each operand has its batch; None: nowhere."""
+        """Return where each operand of a forward pass has its batch; None: nowhere."""
         axes = [1, 1, None, 1, 0, 1]
-        return [axis for axis, count in zip(axes, self.counts(), strict=False) for _ in range(count)]
+        return [axis for axis, count in zip(axes, self.counts, strict=False) for _ in range(count)]
 
     def shapes(self, operands: Sequence[Any]) -> list[tuple[int, ...]]:
         """Return the shapes of the results."""
@@ -110,12 +117,13 @@ class Call(NamedTuple):
 
     def text(self) -> str:
         """Return it as it stands in a compiled program, which JAX may keep on disk."""
-        return " ".join(str(int(v) if isinstance(v, bool) else v) for v in (self.kind, *self.spec, *self[2:]))
+        flags = self.given, self.dropout, self.lengths, self.reset
+        return " ".join(map(str, (self.kind, *self.spec, self.layers, *map(int, flags))))
 
 
 @functools.cache
-def _parse(text: str) -> Call:
-    kind, cell, *numbers = text.split()
+def _parse(text: bytes) -> Call:
+    kind, cell, *numbers = text.decode().split()
     each, directions, layers, *flags = map(int, numbers)
     return Call(kind, Spec(cell, each, directions), layers, *map(bool, flags))
 
@@ -123,11 +131,15 @@ def _parse(text: str) -> Call:
 # ---- on the other side: NumPy arrays in, NumPy arrays out
 
 
-def _compute(call: Call, operands: Sequence[np.ndarray], prepared: list[Any]) -> list[np.ndarray]:
-    """Return the results of a pass; `prepared` are the parameters in the backend's hands."""
+def _compute(call: Call, operands: Sequence[Any], prepared: list[Any]) -> Sequence[np.ndarray]:
+    """Return the results of a pass, in any shape; `prepared` are the parameters in the backend's hands."""
     (x,), given, _, masks, lengths, reset, *others = call.split(operands)
-    T, B, _ = x.shape
-    rows = functional.check_lengths((*lengths, None)[0], T, B), (*reset, None)[0]
+    T, B, I = x.shape
+    if call.plain:
+        result = prepared[0].again(x.reshape(T * B, I), T, tuple(given) or None)
+        if result is not None:
+            return result[0], *result[1]
+    rows = functional.check_lengths(lengths[0], T, B) if lengths else None, reset[0] if reset else None
     h, c = (*given, None, None)[:2]
     states = stack.initial(call.spec, prepared, h, c, B)
     if call.kind != BACKWARD:
@@ -135,7 +147,7 @@ def _compute(call: Call, operands: Sequence[np.ndarray], prepared: list[Any]) ->
         return [output, *last, *kept]
     (output,), kept, (d_output,), d_last = others
     below = call.layers - 1
-    tape = output, [*kept[:below], *(array.reshape(-1) for array in kept[below:])]
+    tape = output, [*kept[:below], *[array.reshape(-1) for array in kept[below:]]]
     dx, d_states, d_params = stack.backward(call.spec, prepared, x, states, masks, tape, rows, d_output, d_last)
     return [dx, *d_states[: len(given)], *d_params]
 
@@ -165,38 +177,38 @@ _stacks: dict[Any, list[Any]] = {}
 _thread = threading.local()
 
 
-def _prepared(call: Call, params: Sequence[np.ndarray], place: tuple[int, ...]) -> list[Any]:
-    """Return the parameters in the hands of the backend: those of an earlier call where they stood there, too.
+def _array(dtype: int, address: int, shape: Sequence[int]) -> np.ndarray:
+    return np.ndarray(shape, _DTYPES[dtype], _MEMORY, (address or 1) - 1)
 
-    The backend notices where the numbers have changed since then.
+
+def _read(call: Call, count: int, table: list[int]) -> tuple[list[Any], list[Any]]:
+    """Return the arrays of a table of dtypes, addresses, ranks and lengths, and the parameters in the backend's hands.
+
+    These are those of an earlier call, where the parameters stood at the same places: the backend notices where the
+    numbers have changed since then.
     """
-    key = call.spec, place
-    prepared = _stacks.pop(key, None) or stack.prepare(call.spec, params)
-    while len(_stacks) >= _REMEMBERED:
-        _stacks.pop(next(iter(_stacks), None), None)
-    _stacks[key] = prepared
-    return prepared
-
-
-def _array(dtype: int, address: int, shape: tuple[int, ...]) -> np.ndarray:
-    return np.ndarray(shape, _DTYPES[dtype], _MEMORY, address - 1 if address else 0)
-
-
-def _read(table: list[int]) -> tuple[list[np.ndarray], list[int]]:
-    """Return the arrays of a table of dtypes, addresses, ranks and lengths, and where each stands in it."""
-    arrays, places, at = [], [0], 0
+    where = call.slices[2]
+    rows: list[Any] = []
+    at = 0
     while at < len(table):
         end = at + 3 + table[at + 2]
-        arrays.append(_array(table[at], table[at + 1], tuple(table[at + 3 : end])))
-        places.append(end)
+        rows.append(table[at:end])
         at = end
-    return arrays, places
+    if count != call.slices[-1].stop:
+        raise RuntimeError(f"{call} has {count} operands, expected {call.slices[-1].stop}")
+    key = call.spec, *map(tuple, rows[where])
+    prepared = _stacks.pop(key, None)
+    if prepared is None:
+        prepared = stack.prepare(call.spec, [_array(row[0], row[1], row[3:]) for row in rows[where]])
+        while len(_stacks) >= _REMEMBERED:
+            _stacks.pop(next(iter(_stacks), None), None)
+    _stacks[key] = prepared  # the last again, so that the first is the one that was used least recently
+    rows[where] = [None] * len(rows[where])
+    return [row and _array(row[0], row[1], row[3:]) for row in rows], prepared
 
 
 def _serve(address: int, count: int, text: int) -> int:
     """Run a pass for XLA, whose table is at `address`; return DONE, or an error's code, and write its text."""
-    from fastrnn.kernels import xla
-
     try:
         if not hasattr(_thread, "known"):
             # Python forgets a thread of XLA's at the end of each call, and making its acquaintance takes ten times as
@@ -204,15 +216,10 @@ def _serve(address: int, count: int, text: int) -> int:
             ctypes.pythonapi.PyGILState_Ensure()
             _thread.known = True
         name, size, number, *table = _array(5, address, (count,)).tolist()
-        call = _parse(ctypes.string_at(name, size).decode())
-        arrays, places = _read(table)
-        counts = call.counts()
-        if sum(counts) != number:
-            raise RuntimeError(f"{call} has {number} operands, expected {sum(counts)}")
-        first, last = sum(counts[:2]), sum(counts[:3])
-        prepared = _prepared(call, arrays[first:last], tuple(table[places[first] : places[last]]))
-        for result, into in zip(_compute(call, arrays[:number], prepared), arrays[number:], strict=True):
-            into[...] = result.reshape(into.shape)
+        call = _parse(ctypes.string_at(name, size))
+        arrays, prepared = _read(call, number, table)
+        for result, into in zip(_compute(call, arrays, prepared), arrays[number:], strict=True):
+            into[...] = result if result.shape == into.shape else result.reshape(into.shape)
         return xla.DONE
     except BaseException as error:
         message = f"fastrnn: {type(error).__name__}: {error}".encode(errors="replace")[: xla.TEXT_BYTES - 1] + b"\0"
@@ -228,9 +235,7 @@ def _native() -> bool:
         header = Path(jax.ffi.include_dir(), "xla", "ffi", "api", "c_api.h").read_text()
         if re.search(r"^#define XLA_FFI_API_MAJOR 0$", header, re.MULTILINE) is None:
             raise RuntimeError("XLA's foreign function interface is not of version 0")
-        from fastrnn.kernels.xla import make_handler
-
-        handler = jax.ffi.pycapsule(make_handler(_serve))
+        handler = jax.ffi.pycapsule(xla.make_handler(_serve))
         jax.ffi.register_ffi_target("fastrnn", handler, platform="cpu", api_version=1)
     except Exception as error:
         warnings.warn(f"fastrnn.jax takes jax.pure_callback, which is slower: {error}", stacklevel=2)
@@ -350,7 +355,7 @@ def _differentiate(primals: Sequence[Array], tangents: Sequence[Any], *, call: C
             "fastrnn.jax has no second derivatives, nor forward-mode ones of a gradient: write the layer with "
             "jax.lax.scan where they are needed"
         )
-    count = sum(call.counts()[:3])
+    count = sum(call.counts[:3])
     fixed = primals[count:]
     given = [ad.instantiate_zeros(tangent) for tangent in tangents[:count]]
     return jax.jvp(lambda *operands: _with_gradient(call, operands, fixed), tuple(primals[:count]), tuple(given))
@@ -365,14 +370,14 @@ def _with_gradient(call: Call, operands: tuple[Array, ...], fixed: tuple[Array, 
 
 
 def _keep(call: Call, operands: tuple[Array, ...], fixed: tuple[Array, ...]) -> tuple[list[Array], Any]:
-    results = _bind(call._replace(kind=TRAIN), [*operands, *fixed])
+    results = _bind(dataclasses.replace(call, kind=TRAIN), [*operands, *fixed])
     known = 1 + call.states
     return results[:known], (operands, fixed, results[:1], results[known:])
 
 
 def _go_back(call: Call, residuals: Any, gradients: list[Array]) -> tuple[Any, ...]:
     operands, fixed, output, kept = residuals
-    back = call._replace(kind=BACKWARD)
+    back = dataclasses.replace(call, kind=BACKWARD)
     return tuple(_bind(back, [*operands, *fixed, *output, *kept, *gradients])), None
 
 
