@@ -81,6 +81,10 @@ class Layer:
         """Return the output of one step, x_t (B, size) or (B,) labels."""
         return self(x_t, state)
 
+    def check(self, x: Any) -> None:
+        """Raise what a call would raise for x."""
+        losses.check_float("x", x)
+
     def _check_no_state(self, state: Any) -> None:
         if state is not None:
             raise ValueError(f"state is a {type(state).__name__}, expected None: {type(self).__name__} has no state")
@@ -142,6 +146,10 @@ class Embedding(Layer):
             weight[self.padding_index] = 0.0
         self.parameters = Parameters({"weight": weight})
 
+    def check(self, x: Any) -> None:
+        """Raise what a call would raise for x."""
+        losses.check_labels("x", x, self.num_labels)
+
     def _apply(self, x: Array, lengths: Any, training: bool) -> tuple[Array, Any]:
         labels = losses.check_labels("x", x, self.num_labels)
         if labels.ndim < 2:
@@ -202,13 +210,16 @@ class Linear(Layer):
             {name: random.uniform(-bound, bound, shape).astype(dtype) for name, shape in shapes.items()}
         )
 
-    def _apply(self, x: Array, lengths: Any, training: bool) -> tuple[Array, Any]:
-        weight = self.parameters["weight"]
+    def check(self, x: Any) -> None:
+        """Raise what a call would raise for x."""
         shape = (None,) * (max(np.ndim(x), 2) - 1) + (self.input_size,)
-        x = functional.check_array("x", x, (weight.dtype,), shape, "(B, ..., input_size)")
+        functional.check_array("x", x, (self.parameters["weight"].dtype,), shape, "(B, ..., input_size)")
+
+    def _apply(self, x: Array, lengths: Any, training: bool) -> tuple[Array, Any]:
+        self.check(x)
         swapped = by_time(x)
         rows = rows_of(x, swapped)
-        y = rows @ weight.T
+        y = rows @ self.parameters["weight"].T
         if "bias" in self.parameters:
             y += self.parameters["bias"]
         return from_rows(y, x.shape[:-1], swapped), (rows, x.shape[:-1], swapped)
@@ -414,9 +425,11 @@ class Model:
 
     @property
     def output_size(self) -> int | None:
-        """Of the output's last axis, where a layer tells."""
-        sizes = [size for size in map(output_size, self.layers.values()) if size is not None]
-        return sizes[-1] if sizes else None
+        """The size of the output's last axis, None if only a call tells."""
+        return None
+
+    def check(self, x: Any) -> None:
+        """Raise what a call would raise for x, where that can be told before."""
 
     def freeze(self, *names: str) -> None:
         """Train these parameters no more: names of parameters or layers, or patterns such as "*.bias_hh*".
@@ -630,6 +643,18 @@ class Sequential(Model):
     def __init__(self, *layers: Any, **named: Any) -> None:
         super().__init__({**{str(i): layer for i, layer in enumerate(layers)}, **named})
 
+    @property
+    def output_size(self) -> int | None:
+        """The size of the output's last axis, None if that is as the input's."""
+        sizes = [size for size in map(output_size, self.layers.values()) if size is not None]
+        return sizes[-1] if sizes else None
+
+    def check(self, x: Any) -> None:
+        """Raise what a call would raise for x, where the first layer can tell."""
+        name, layer = next(iter(self.layers.items()))
+        with _naming(name, layer):
+            _check_x(layer, x) if isinstance(layer, Recurrent) else layer.check(x)
+
     def __call__(
         self, x: Array, state: Any = None, *, lengths: Any = None, reset: Any = None
     ) -> tuple[Array, tuple[Any, ...]]:
@@ -790,6 +815,17 @@ class EncoderDecoder(Model):
                     f"the decoder's {second!r} needs a state of {wanted}, the encoder's {first!r} has {given}"
                 )
 
+    @property
+    def output_size(self) -> int | None:
+        """The size of the output's last axis."""
+        return self.decoder.output_size
+
+    def check(self, x: Any) -> None:
+        """Raise what a call would raise for x, where the first layers can tell."""
+        (source, target), _ = self._split(x, None, None)
+        self.encoder.check(source)
+        self.decoder.check(target)
+
     def __call__(
         self, x: Any, state: Any = None, *, lengths: Any = None, reset: Any = None
     ) -> tuple[Array, tuple[Any, ...]]:
@@ -923,11 +959,15 @@ def _naming(name: str, layer: Any) -> Iterator[None]:
         raise type(error)(f"layer {name!r}, {layer!r}: {error}") from error
 
 
+def _check_x(layer: Recurrent, x: Any) -> None:
+    functional.check_array("x", x, (layer.dtype,), (None, None, layer.input_size), "(B, T, input_size)")
+
+
 def _run(layer: Any, call: Any, x: Array, state: Any, lengths: Any, reset: Any) -> Any:
     """Call a layer, or its forward, with x (B, T, ...)."""
     if not isinstance(layer, Recurrent):
         return call(x, state, lengths=lengths, reset=reset)
-    functional.check_array("x", x, (layer.dtype,), (None, None, layer.input_size), "(B, T, input_size)")
+    _check_x(layer, x)
     if layer.batch_first:
         return call(x, state, lengths=lengths, reset=reset)
     if reset is not None:
@@ -1058,7 +1098,8 @@ def _draw(logits: Array, temperature: float, top_k: int | None, random: np.rando
 def gradient_norms(layer: Recurrent, x: Array, d_output: Array | None = None, d_state: Any = None) -> Array:
     """Return how large the gradient of a loss is with respect to the state after each step.
 
-    So one sees gradients vanish or explode on the way back through time. The state is h, or h and c together.
+    So one sees gradients vanish or explode on the way back through time. The state is what a step hands to the next: h,
+    or h and c together.
 
     Parameters
     ----------
@@ -1095,21 +1136,26 @@ def gradient_norms(layer: Recurrent, x: Array, d_output: Array | None = None, d_
         raise TypeError(f"layer is a {type(layer).__name__}, expected an RNN, LSTM or GRU")
     if layer.bidirectional:
         raise ValueError("layer is bidirectional, expected one direction: the other has its states in another order")
-    functional.check_array("x", x, (layer.dtype,), (None, None, layer.input_size), "(B, T, input_size)")
-    functional.check_any_gradient(d_output, d_state if isinstance(d_state, tuple) or d_state is None else (d_state,))
-    steps = [x[:, t : t + 1] for t in range(x.shape[1])]
+    _check_x(layer, x)
+    functional.check_any_gradient(d_output, d_state if isinstance(d_state, tuple | None) else (d_state,))
+    if d_output is not None:
+        functional.check_array("d_output", d_output, (layer.dtype,), (*x.shape[:2], output_size(layer)), "(B, T, size)")
+    given = layer._check_state("d_state", d_state, len(x), True, optional=True)
+    shapes = [(layer.num_layers, len(x), size) for size in layer._spec.state_sizes]
+    d = [np.zeros(shape, layer.dtype) if own is None else own.copy() for own, shape in zip(given, shapes, strict=True)]
     state, tapes = None, []
-    for x_t in steps:
-        _, state, tape = _run(layer, layer.forward, x_t, state, None, None)
+    for t in range(x.shape[1]):
+        _, state, tape = _run(layer, layer.forward, x[:, t : t + 1], state, None, None)
         tapes.append(tape)
-    norms = [_norm(d_state)]
+    norms = []
     for t in reversed(range(len(tapes))):
-        own = None if d_output is None else d_output[:, t : t + 1]
-        d_state = _run_back(layer, tapes[t], own, d_state).state
-        norms.append(_norm(d_state))
-    return np.array(norms[::-1])
+        if d_output is not None:
+            d[0][-1] += d_output[:, t]  # a step's output is the last layer's h
+        norms.append(_norm(d))
+        back = layer.backward(tapes[t], d_state=tuple(d) if len(d) == 2 else d[0]).state
+        d = list(back) if len(d) == 2 else [back]
+    return np.array([_norm(d), *norms[::-1]])
 
 
-def _norm(state: Any) -> float:
-    arrays = [array for array in (state if isinstance(state, tuple) else (state,)) if array is not None]
+def _norm(arrays: list[Array]) -> float:
     return float(np.sqrt(sum(np.square(array, dtype=float).sum() for array in arrays)))

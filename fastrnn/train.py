@@ -211,6 +211,7 @@ class _Data:
             )
         else:
             lengths = _check_lengths(f"{where}lengths", lengths, x)
+        trainer.model.check(x)
         if trainer.model.output_size is not None:
             trainer.loss.check(y, trainer.model.output_size)
         return cls(x, y, lengths, size)
@@ -446,8 +447,8 @@ class Trainer:
         TypeError, ValueError
             If an argument is wrong, or the arrays do not fit together or the model: before anything is computed.
         Diverged
-            If the loss or a gradient is not finite. The weights, and all of the trainer, are then as at the epoch's
-            begin: the last good ones.
+            If the loss or a gradient is not finite. After any error in an epoch, the weights and all of the trainer are
+            as at its begin, the last good ones; after an interrupt they are as they are.
         """
         data = _Data.checked(self, x, y, lengths)
         epochs = functional.check_integer("epochs", epochs, 0)
@@ -463,7 +464,7 @@ class Trainer:
             start, good = time.perf_counter(), self._snapshot(copy=True)
             try:
                 self._run_epoch(data, plan, show, save)
-            except Diverged:
+            except Exception:
                 self._restore(*good)
                 raise
             self._end_epoch(held_out, plan, time.perf_counter() - start)
@@ -562,7 +563,7 @@ class Trainer:
             raise ValueError("no target of the epoch counts: all are ignored or beyond the rows' lengths")
         entry = {
             "loss": total / count,
-            "learning_rate": self.optimizer.learning_rate,
+            "learning_rate": self.optimizer.schedule(max(self.optimizer.steps - 1, 0)),
             "gradient_norm": norm / self._position,
             "seconds": seconds,
         }
