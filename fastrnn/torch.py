@@ -11,11 +11,15 @@ torch.Size([64, 16])
 `replace_` puts them into a model that is there already. They compute in float32 and float64, on the CPU with as many
 threads as `fastrnn.set_num_threads` says, and not PyTorch's; tensors on an NVIDIA GPU take the backend "cuda".
 
-Where they differ from torch.nn's: ``lengths=`` and ``reset=`` may be given; a sequence of no steps is one, too; under
-autocast they compute, and return, what their parameters are of; there are neither second nor forward-mode derivatives,
-no transforms of torch.func, no torch.jit.script. All of these raise an exception.
+Second and forward-mode derivatives (``create_graph=True``, dual tensors, jvp, jacfwd, hessian) come out of a loop over
+time in PyTorch's operations, and take as long as such loops do. torch.func's vmap and grad call the kernels: once if x,
+states, lengths or resets are mapped over, once for each place on the mapped axis if parameters are, or have gradients.
+
+Where they differ from torch.nn's: ``lengths=`` and ``reset=`` may be given; a sequence of no steps is one, too; vmap
+works; under autocast they compute, and return, what their parameters are of. Half precision and torch.jit.script raise.
 """
 
+import functools
 import math
 import numbers
 import warnings
@@ -35,12 +39,15 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 from torch.nn.utils.rnn import PackedSequence
 
-from fastrnn import functional, stack
+from fastrnn import functional, stack, torch_func
+from fastrnn.kernels import threads
 from fastrnn.stack import Rows, Spec
 
 __all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell", "from_torch", "replace_", "restore_", "to_torch"]
 
 Array = np.ndarray
+
+threads.follow(torch.get_num_threads, f"{torch.__path__[0]}/lib/libtorch_cpu.so")
 
 _DTYPES = (torch.float32, torch.float64)
 
@@ -90,6 +97,7 @@ def _forward_op(
     directions: int,
     training: bool,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    torch_func.refuse_forward_mode((x, h, c, *params))
     spec, T, B = Spec(cell, each, directions), x.shape[0], x.shape[1]
     prepared = _prepare(spec, params)
     states = stack.initial(spec, prepared, _optional(h), _optional(c), B)
@@ -116,6 +124,7 @@ def _backward_op(
     each: int,
     directions: int,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    torch_func.refuse_forward_mode((d_output, d_h, d_c, x, h, c, *params))
     spec, T, B = Spec(cell, each, directions), x.shape[0], x.shape[1]
     prepared = _prepare(spec, params)
     states = stack.initial(spec, prepared, _optional(h), _optional(c), B)
@@ -188,6 +197,10 @@ def _go_back(ctx: Any, d_output: Any, d_h: Any, d_c: Any, d_kept: Any) -> tuple[
     params, masks, kept = others[:P], others[P : P + M], others[P + M :]
     if d_output is None and d_h is None and d_c is None:
         return (None, None, None, [None] * P, [None] * M, *[None] * 6)
+    if torch.is_grad_enabled():
+        rows = lengths, reset, masks, params
+        *given, d_params = torch_func.go_back_again(Spec(*ctx.options), (d_output, d_h, d_c), x, h, c, *rows)
+        return (*given, d_params, [None] * M, *[None] * 6)
     dx, dh, dc, d_params = torch.ops.fastrnn.backward.default(
         d_output, d_h, d_c, x, h, c, output, params, masks, kept, lengths, reset, *ctx.options
     )
@@ -196,8 +209,7 @@ def _go_back(ctx: Any, d_output: Any, d_h: Any, d_c: Any, d_kept: Any) -> tuple[
 
 def _no_second_derivatives(ctx: Any, *gradients: Any) -> None:
     raise RuntimeError(
-        "fastrnn's layers have no second derivatives: take torch.nn's where they are needed, "
-        "fastrnn.torch.restore_(model)"
+        "fastrnn::backward has no derivatives: go back through fastrnn::forward with create_graph=True, not compiled"
     )
 
 
@@ -212,6 +224,12 @@ def _register() -> Any:
     torch.library.register_fake("fastrnn::backward", _backward_shapes, lib=library)
     torch.library.register_autograd("fastrnn::forward", _go_back, setup_context=_save, lib=library)
     torch.library.register_autograd("fastrnn::backward", _no_second_derivatives, lib=library)
+    for name in ("forward", "backward"):
+        operator = getattr(torch.ops.fastrnn, name).default
+        torch.library.register_vmap(
+            f"fastrnn::{name}", functools.partial(torch_func.map_operator, operator), lib=library
+        )
+        torch.library.register_autocast(f"fastrnn::{name}", "cpu", torch.float32, lib=library)
     return library
 
 
@@ -242,12 +260,12 @@ class _OnCPU(torch.autograd.Function):
         x, h, c, output, *others = ctx.saved_tensors
         (P, M), (spec, prepared, rows) = ctx.counts, ctx.call
         params, masks, kept = others[:P], others[P : P + M], others[P + M :]
-        if torch.is_grad_enabled():  # a graph of the gradients is wanted: one that raises where it is used
-            d_h, d_c = (*d_last, None)[:2]
+        if torch.is_grad_enabled() or forward_ad._current_level >= 0:
             lengths, reset = (None if array is None else _tensor(array) for array in rows)
-            tensors = x, h, c, output, params, masks, kept, lengths, reset
-            dx, dh, dc, d_params = torch.ops.fastrnn.backward.default(d_output, d_h, d_c, *tensors, *spec)
-            return (None, dx, None if h is None else dh, None if c is None else dc, *d_params)
+            *given, d_params = torch_func.go_back_again(
+                spec, (d_output, *d_last), x, h, c, lengths, reset, masks, params
+            )
+            return (None, *given, *d_params)
         states = stack.initial(spec, prepared, _optional(h), _optional(c), x.shape[1])
         x_now, output_now = _arrays([x, output])
         tape, d_states = (output_now, _arrays(kept)), [_optional(d) for d in d_last]
@@ -264,27 +282,44 @@ class _OnGPU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: tuple[Any, ...], x: Tensor, h: Any, c: Any, *params: Tensor) -> tuple[Tensor, ...]:
-        spec, options, ctx.given = call[0], call[1], (h is not None, c is not None)
+        spec, options = call
         named = dict(zip(spec.names, [param.detach().contiguous() for param in params], strict=True))
         state = [s.detach().contiguous() for s in (h, c) if s is not None] or None
         x_now = x.detach().contiguous()
         output, last, ctx.tape = functional.forward(spec.cell, x_now, named, state, backend="cuda", **options)
-        ctx.names = spec.names
+        ctx.spec, ctx.options = spec, options
         # What the tape refers to, so that PyTorch notices where it has been changed.
         ctx.save_for_backward(x, h, c, output, *params)
         ctx.set_materialize_grads(False)
         return (output, *last)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_output: Any, *d_last: Any) -> tuple[Any, ...]:
         if d_output is None and all(d is None for d in d_last):
-            return (None,) * (4 + len(ctx.names))
-        _ = ctx.saved_tensors
+            return (None,) * (4 + ctx.spec.each)
+        x, h, c, output, *params = ctx.saved_tensors
+        if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+            return (None, *_OnGPU.go_back_again(ctx, (d_output, *d_last), x, h, c, output, params))
         given = [None if d is None else d.contiguous() for d in (d_output, *d_last)]
         dx, d_params, d_start = functional.backward(ctx.tape, given[0], tuple(given[1:]))
-        d_states = [d if there else None for d, there in zip((*d_start, None)[:2], ctx.given, strict=True)]
-        return (None, dx, *d_states, *(d_params[name] for name in ctx.names))
+        d_states = [None if s is None else d for s, d in zip((h, c), (*d_start, None)[:2], strict=True)]
+        return (None, dx, *d_states, *(d_params[name] for name in ctx.spec.names))
+
+    @staticmethod
+    def go_back_again(ctx: Any, gradients: Any, x: Tensor, h: Any, c: Any, output: Tensor, params: Any) -> list[Any]:
+        """Return gradients that can be differentiated again."""
+        spec, (lengths, reset, reverse) = ctx.spec, (ctx.options[name] for name in ("lengths", "reset", "reverse"))
+        rows = [None if array is None else _tensor(array) for array in (lengths, reset)]
+        start = [None if state is None else state[None] for state in (h, c)]
+        states = torch_func.with_states(spec, x, start[0], start[1], params)
+        last = [state for state in states if state is not None]
+        given = [gradients[0], *(None if d is None else d[None] for d in gradients[1:])]
+        dx, dh, dc, _, _, *d_params = torch_func.pull_back(
+            lambda *tensors: torch_func.run(spec, 0, *tensors, reverse=reverse),
+            (x, *states, *rows, *params),
+            torch_func.with_zeros(given, (output, *last)),
+        )
+        return [dx, None if h is None else dh[0], None if c is None else dc[0], *d_params]
 
 
 def _run_on_gpu(
@@ -368,18 +403,16 @@ class _Module(torch.nn.Module):
         given = [tensor for tensor in (x, h, c, *params) if tensor is not None]
         training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
         compiling = torch.compiler.is_compiling()
-        if not compiling:
-            if torch._C._are_functorch_transforms_active():
-                raise NotImplementedError(
-                    "fastrnn's layers know no transforms of torch.func: take torch.nn's for them, "
-                    "fastrnn.torch.restore_(model)"
-                )
-            if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in given):
-                raise NotImplementedError(
-                    "fastrnn's layers have no forward-mode derivatives: take torch.nn's for them, "
-                    "fastrnn.torch.restore_(model)"
-                )
-        plain = not compiling and torch._C._len_torch_dispatch_stack() == 0 and torch._C._get_tracing_state() is None
+        transforms = torch._C._are_functorch_transforms_active()
+        if transforms or (not compiling and forward_ad._current_level >= 0):
+            results = torch_func.transformed(spec, x, h, c, params, masks, lengths, reset)
+            if results is not None:
+                return results
+        plain = (
+            not (compiling or transforms)
+            and torch._C._len_torch_dispatch_stack() == 0
+            and torch._C._get_tracing_state() is None
+        )
         if plain and all(map(_is_plain, given)):
             if x.device.type == "cpu":
                 T, B, _ = x.shape
@@ -611,7 +644,7 @@ class _Recurrent(_Module):
         """Draw what dropout multiplies by between layers, of torch.nn's random numbers."""
         p, width = self.dropout, self._spec.directions * (self.proj_size or self.hidden_size)
         masks = [torch.empty((*shape, width), dtype=x.dtype, device=x.device) for _ in range(1, self.num_layers)]
-        return [mask.zero_() if p == 1 else mask.bernoulli_(1 - p).div_(1 - p) for mask in masks]
+        return [mask.zero_() if p == 1 else torch.bernoulli(mask, 1 - p).div_(1 - p) for mask in masks]
 
     # Checks: their exceptions are those of torch.nn, where there are such.
 

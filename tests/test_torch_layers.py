@@ -331,22 +331,6 @@ def test_wrong_arguments():
         ours.GRU(I, H, dropout=0.5)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # in PyTorch's own
-def test_what_is_not_supported_says_so():
-    layer, x = ours.GRU(I, H), torch.randn(T, B, I, requires_grad=True)
-    gradient, *_ = torch.autograd.grad(layer(x)[0].pow(2).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="no second derivatives"):
-        gradient.sum().backward()
-    with (
-        pytest.raises(NotImplementedError, match="no forward-mode derivatives"),
-        torch.autograd.forward_ad.dual_level(),
-    ):
-        layer(torch.autograd.forward_ad.make_dual(x.detach(), x.detach()))
-    for transform, value in ((torch.func.grad, x), (torch.func.vmap, x[None]), (torch.func.jacrev, x)):
-        with pytest.raises(NotImplementedError, match=r"know no transforms of torch\.func"):
-            transform(lambda x: layer(x)[0].sum())(value.detach())
-
-
 def test_what_backward_needs_may_not_be_changed():
     layer, x = ours.GRU(I, H), torch.randn(T, B, I)
     output, _ = layer(x)

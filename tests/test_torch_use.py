@@ -296,7 +296,10 @@ def test_the_way_to_the_gpu(kind, cell, own, monkeypatch):
         layer._compute(x, h, c, params, masks, lengths, None),
     ):
         inputs = [tensor for tensor in (x, h, c, *params) if tensor is not None]
-        found.append([*results, *torch.autograd.grad(sum(r.pow(2).sum() for r in results), inputs)])
+        loss = sum(r.pow(2).sum() for r in results)
+        found.append([*results, *torch.autograd.grad(loss, inputs, retain_graph=True)])
+        first = torch.autograd.grad(loss, inputs, create_graph=True)
+        found[-1] += [*first, *torch.autograd.grad(sum(g.pow(2).sum() for g in first), inputs)]
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other)
     first, *_ = ours._run_on_gpu(layer._spec, x, None, None, params, [], (None, None), True)
