@@ -801,10 +801,10 @@ def write(
     text = json.dumps(dict(meta or {}))
     if kind == ".safetensors":
         data = _safetensors().numpy.save(dict(arrays), {_META: text})
-        with _replacing(path) as stream:
+        with replacing(path) as stream:
             stream.write(data)
     else:
-        with _replacing(path) as stream:
+        with replacing(path) as stream:
             entries: dict[str, Any] = {_META: np.array(text), **arrays}
             np.savez(stream, **entries)
 
@@ -1004,7 +1004,7 @@ def _safetensors() -> Any:
 
 
 @contextmanager
-def _replacing(path: str) -> Iterator[IO[bytes]]:
+def replacing(path: str) -> Iterator[IO[bytes]]:
     """Give a stream to a new file beside `path` that takes its place when all is written, and goes when it is not."""
     temporary = f"{path}.{secrets.token_hex(8)}.tmp"
     try:
