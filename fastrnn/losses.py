@@ -512,13 +512,11 @@ def ctc_greedy(logits: Array, lengths: Any = None, blank: int = 0) -> list[list[
     >>> ctc_greedy(np.eye(3)[[[1, 1, 0, 1, 2]]])
     [[1, 1, 2]]
     """
-    check_float("logits", logits, 3)
-    B, T, _ = logits.shape
-    steps = functional.check_lengths(np.full(B, T) if lengths is None else lengths, T, B)
+    steps = _check_decoding(logits, lengths, blank)
     best = logits.argmax(axis=-1)
     new = best != blank
     new[:, 1:] &= best[:, 1:] != best[:, :-1]
-    return [best[b, :n][new[b, :n]].tolist() for b, n in enumerate(np.asarray(steps))]
+    return [best[b, :n][new[b, :n]].tolist() for b, n in enumerate(steps)]
 
 
 def ctc_beam(logits: Array, lengths: Any = None, blank: int = 0, beam: int = 16) -> list[list[int]]:
@@ -545,12 +543,19 @@ def ctc_beam(logits: Array, lengths: Any = None, blank: int = 0, beam: int = 16)
     >>> ctc_greedy(np.log(p)), ctc_beam(np.log(p))
     ([[]], [[1]])
     """
-    check_float("logits", logits, 3)
+    steps = _check_decoding(logits, lengths, blank)
     beam = functional.check_integer("beam", beam, 1)
-    B, T, _ = logits.shape
-    steps = functional.check_lengths(np.full(B, T) if lengths is None else lengths, T, B)
     logs = log_softmax(logits.astype(float))
-    return [_beam_search(logs[b, :n], blank, beam) for b, n in enumerate(np.asarray(steps))]
+    return [_beam_search(logs[b, :n], blank, beam) for b, n in enumerate(steps)]
+
+
+def _check_decoding(logits: Any, lengths: Any, blank: Any) -> Array:
+    """Return how many steps each row has."""
+    check_float("logits", logits, 3)
+    B, T, K = logits.shape
+    if functional.check_integer("blank", blank, 0) >= K:
+        raise ValueError(f"blank is {blank}, expected one of the {K} symbols of logits")
+    return np.asarray(functional.check_lengths(np.full(B, T) if lengths is None else lengths, T, B))
 
 
 def _beam_search(logs: Array, blank: int, beam: int) -> list[int]:

@@ -170,7 +170,7 @@ class Embedding(Layer):
 
     def __repr__(self) -> str:
         padding = "" if self.padding_index is None else f", padding_index={self.padding_index}"
-        return f"Embedding({self.num_labels}, {self.output_size}{padding})"
+        return f"Embedding({self.num_labels}, {self.output_size}{padding}{_dtype_shown(self)})"
 
 
 class Linear(Layer):
@@ -233,7 +233,8 @@ class Linear(Layer):
         return from_rows(d_rows @ self.parameters["weight"], shape, swapped), params
 
     def __repr__(self) -> str:
-        return f"Linear({self.input_size}, {self.output_size}{'' if 'bias' in self.parameters else ', bias=False'})"
+        bias = "" if "bias" in self.parameters else ", bias=False"
+        return f"Linear({self.input_size}, {self.output_size}{bias}{_dtype_shown(self)})"
 
 
 class Dropout(Layer):
@@ -651,6 +652,8 @@ class Sequential(Model):
 
     def check(self, x: Any) -> None:
         """Raise what a call would raise for x, where the first layer can tell."""
+        if isinstance(x, (tuple, list)):
+            raise TypeError(f"x is a {type(x).__name__}, expected one array")
         name, layer = next(iter(self.layers.items()))
         with _naming(name, layer):
             _check_x(layer, x) if isinstance(layer, Recurrent) else layer.check(x)
@@ -910,8 +913,10 @@ class EncoderDecoder(Model):
         if reset is not None:
             raise ValueError("reset is given, expected None: a row of an encoder and decoder is one pair")
         for name, value in (("x", x), ("lengths", (None, None) if lengths is None else lengths)):
-            if not isinstance(value, (tuple, list)) or len(value) != 2:
+            if not isinstance(value, (tuple, list)):
                 raise TypeError(f"{name} is a {type(value).__name__}, expected a pair: the encoder's, the decoder's")
+            if len(value) != 2:
+                raise ValueError(f"{name} has {len(value)} entries, expected 2: the encoder's and the decoder's")
         if len(x[0]) != len(x[1]):
             raise ValueError(f"x holds batches of {len(x[0])} and {len(x[1])} rows, expected as many")
         return x, (None, None) if lengths is None else lengths
@@ -940,6 +945,12 @@ def output_size(layer: Any) -> int | None:
         return layer._spec.directions * layer._spec.output_size
     size: int | None = layer.output_size
     return size
+
+
+def _dtype_shown(layer: Layer) -> str:
+    """What a layer's repr says of its dtype."""
+    name = layer.parameters["weight"].dtype.name
+    return "" if name == "float32" else f", dtype={name!r}"
 
 
 def check_tape(layer: Any, tape: Any) -> None:

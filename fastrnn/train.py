@@ -49,9 +49,9 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -230,6 +230,11 @@ class _Data:
         for t in range(0, T, steps):
             lengths = None if self.lengths is None else np.clip(self.lengths - t, 0, min(steps, T - t))
             yield _Data(self.x[:, t : t + steps], self.y[:, t : t + steps], lengths, self.size)
+
+    def lengths_of(self, output: Array) -> tuple[Any, ...]:
+        """Return the lengths of the output, if it has any: those of the last array, of several."""
+        lengths = self.lengths[-1] if isinstance(self.lengths, tuple) else self.lengths
+        return () if lengths is None or output.ndim < 3 else (lengths,)
 
     def check_windows(self, steps: int | None) -> int | None:
         """Raise if the examples cannot be cut into windows."""
@@ -519,38 +524,37 @@ class Trainer:
             raise ValueError(f"epoch {self.epoch + 1} was begun with {self._plan}, and is to go on with {plan}")
         self._plan = plan
         order = np.random.default_rng((self.seed, self.epoch)).permutation(data.size) if plan["shuffle"] else None
-        total = _count_pieces(data, plan)
-        for piece, fresh in _pieces(data, plan, order, self._position):
-            self._update(piece, None if fresh else self._state, plan)
+        total = -(-data.size // plan["batch_size"]) * _windows_in(data, plan)
+        for piece in _pieces(data, plan, order, self._position):
+            self._update(piece)
+            self._state = self._state if plan["truncate"] or plan["stateful"] else None
             save.after_update(self)
             show.bar(self, total)
+        if not self._sums[1]:
+            raise ValueError("no target of the epoch counts: all are ignored or beyond the rows' lengths")
 
-    def _update(self, piece: _Data, state: Any, plan: dict[str, Any]) -> None:
+    def _update(self, piece: "_Piece") -> None:
         """Make one update; raise Diverged, with the parameters as they were, if a number is not finite."""
-        output, state, tape = self.model.forward(piece.x, state, lengths=piece.lengths)
-        loss = self._loss(output, piece)
+        data = piece.data
+        output, state, tape = self.model.forward(data.x, None if piece.fresh else self._state, lengths=data.lengths)
+        loss = self.loss(output, data.y, *data.lengths_of(output))
         if not math.isfinite(loss.value):
-            raise self._diverged("the loss", loss.value)
+            raise self._diverged("the loss", loss.value, piece)
         params = self.model.backward(tape, loss.gradient).params
         gradients = {name: params[name] for name in self.model.trainable}
         if self.clip_value is not None:
             clip_by_value(gradients, self.clip_value)
         norm = global_norm(gradients) if self.clip_norm is None else clip_by_norm(gradients, self.clip_norm)
         if not math.isfinite(norm):
-            raise self._diverged("the gradients' norm", norm)
+            raise self._diverged("the gradients' norm", norm, piece)
         if loss.terms:
             self.optimizer.step(self.model.parameters, gradients)
-        self._state = state if plan["truncate"] or plan["stateful"] else None
+        self._state = state
         self._position += 1
         self._sums = [a + b for a, b in zip(self._sums, (loss.value * loss.terms, loss.terms, norm), strict=True)]
 
-    def _loss(self, output: Array, piece: _Data) -> Loss:
-        """Return the loss of a model's output. Lengths are for sequences: the last array's, of several."""
-        lengths = piece.lengths[-1] if isinstance(piece.lengths, tuple) else piece.lengths
-        return self.loss(output, piece.y, lengths) if output.ndim > 2 else self.loss(output, piece.y)
-
-    def _diverged(self, what: str, value: float) -> Diverged:
-        where = f"epoch {self.epoch + 1}, update {self._position + 1} of it"
+    def _diverged(self, what: str, value: float, piece: "_Piece") -> Diverged:
+        where = f"epoch {self.epoch + 1}, batch {piece.batch + 1}" + f", window {piece.window + 1}" * (piece.window > 0)
         return Diverged(
             f"{what} is {value} in {where}, at a learning rate of {self.optimizer.learning_rate:g}. The weights are "
             f"those from before this epoch; a lower learning rate or clip_norm may help, or the data are not finite"
@@ -558,11 +562,9 @@ class Trainer:
 
     def _end_epoch(self, held_out: _Data | None, plan: dict[str, Any], seconds: float) -> None:
         """Evaluate, and write down what the epoch came to."""
-        total, count, norm = self._sums
-        if not count:
-            raise ValueError("no target of the epoch counts: all are ignored or beyond the rows' lengths")
+        total, terms, norm = self._sums
         entry = {
-            "loss": total / count,
+            "loss": total / terms,
             "learning_rate": self.optimizer.schedule(max(self.optimizer.steps - 1, 0)),
             "gradient_norm": norm / self._position,
             "seconds": seconds,
@@ -576,24 +578,22 @@ class Trainer:
         self._position, self._sums, self._state = 0, [0.0, 0.0, 0.0], None
 
     def _evaluate(self, data: _Data, plan: dict[str, Any]) -> dict[str, float]:
-        total = count = 0.0
+        total = terms = 0.0
         state: Any = None
-        targets, predictions = [], []
-        for piece, fresh in _pieces(data, plan):
-            output, state = self.model(piece.x, None if fresh else state, lengths=piece.lengths)
-            loss = self._loss(output, piece)
-            total, count = total + loss.value * loss.terms, count + loss.terms
+        pairs = []
+        for piece in _pieces(data, plan):
+            own = piece.data
+            output, state = self.model(own.x, None if piece.fresh else state, lengths=own.lengths)
+            loss = self.loss(output, own.y, *own.lengths_of(output))
+            total, terms = total + loss.value * loss.terms, terms + loss.terms
             if self.metrics:
-                lengths = piece.lengths[-1] if isinstance(piece.lengths, tuple) else piece.lengths
-                pair = self.loss.compare(output, piece.y, lengths if output.ndim > 2 else None)
-                targets.append(pair[0])
-                predictions.append(pair[1])
-        if not count:
+                pairs.append(self.loss.compare(output, own.y, *own.lengths_of(output)))
+        if not terms:
             raise ValueError("no target counts: all are ignored or beyond the rows' lengths")
-        found = {"loss": total / count}
+        found = {"loss": total / terms}
         if self.metrics:
-            every = _join(targets), _join(predictions)
-            found |= {name: float(metric(*every)) for name, metric in self.metrics.items()}
+            targets, predictions = map(_join, zip(*pairs, strict=True))
+            found |= {name: float(metric(targets, predictions)) for name, metric in self.metrics.items()}
         return found
 
     # -- what fit checks first
@@ -785,8 +785,9 @@ class Trainer:
             group, _, name = full.partition("/")
             if group == "optimizer":
                 slot, _, name = name.partition("/")
-                if slot not in self.optimizer.slots:
-                    raise ValueError(f"its optimiser remembers {slot!r}, expected {list(self.optimizer.slots)}")
+                if slot not in self.optimizer.slots or name not in expected:
+                    wrong = name if slot in self.optimizer.slots else slot
+                    raise ValueError(f"its optimiser remembers {wrong!r}, expected {list(self.optimizer.slots)}")
             if group in ("model", "best", "optimizer") and name in expected:
                 given, wanted = (array.dtype, array.shape), (expected[name].dtype, expected[name].shape)
                 if given != wanted:
@@ -826,10 +827,12 @@ def predict(model: Model, x: Any, *, lengths: Any = None, batch_size: int = 256)
     batch_size = functional.check_integer("batch_size", batch_size, 1)
     x = tuple(map(np.asarray, x)) if isinstance(x, tuple) else np.asarray(x)
     size = len(x[0]) if isinstance(x, tuple) else len(x)
+    if not size:
+        raise ValueError("there are no examples in x, expected at least one")
     if lengths is not None:
         lengths = tuple(map(np.asarray, lengths)) if isinstance(x, tuple) else np.asarray(lengths)
     outputs = []
-    for begin in range(0, max(size, 1), batch_size):
+    for begin in range(0, size, batch_size):
         rows = slice(begin, begin + batch_size)
         outputs.append(model(_rows(x, rows), lengths=_rows(lengths, rows))[0])
     return np.concatenate(outputs)
@@ -838,29 +841,31 @@ def predict(model: Model, x: Any, *, lengths: Any = None, batch_size: int = 256)
 # ---- what fit is made of
 
 
-def _pieces(
-    data: _Data, plan: Mapping[str, Any], order: Array | None = None, begin: int = 0
-) -> Iterator[tuple[_Data, bool]]:
-    """Yield what each update of an epoch takes, from number `begin` on, and whether the state begins anew there."""
+class _Piece(NamedTuple):
+    """What one update takes, whether the state begins anew with it, and where it stands in the epoch."""
+
+    data: _Data
+    fresh: bool
+    batch: int
+    window: int
+
+
+def _pieces(data: _Data, plan: Mapping[str, Any], order: Array | None = None, begin: int = 0) -> Iterator[_Piece]:
+    """Yield the pieces of an epoch from number `begin` on."""
     windows, size = _windows_in(data, plan), plan["batch_size"]
     for batch in range(begin // windows, -(-data.size // size)):
         rows: Any = slice(batch * size, (batch + 1) * size)
         part = data.take(rows if order is None else order[rows])
         for window, piece in enumerate(part.windows(plan["truncate"])):
             if batch * windows + window >= begin:
-                yield piece, window == 0 and not (plan["stateful"] and batch > 0)
+                yield _Piece(piece, window == 0 and not (plan["stateful"] and batch > 0), batch, window)
 
 
 def _windows_in(data: _Data, plan: Mapping[str, Any]) -> int:
     return 1 if plan["truncate"] is None else max(1, -(-data.x.shape[1] // plan["truncate"]))
 
 
-def _count_pieces(data: _Data, plan: Mapping[str, Any]) -> int:
-    """Return how many updates an epoch has."""
-    return -(-data.size // plan["batch_size"]) * _windows_in(data, plan)
-
-
-def _join(parts: list[Any]) -> Any:
+def _join(parts: Sequence[Any]) -> Any:
     """Return arrays, or lists, as one."""
     if isinstance(parts[0], list):
         return [row for part in parts for row in part]
