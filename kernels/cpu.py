@@ -201,7 +201,7 @@ class Plan:
         self.size = size
         self.crews = crews
         self.length = length  # steps of a call
-        self.threads = threads.limit
+        self.threads = key[-1]
         self.entry = None  # the compiled kernel, where the last call was a plain one,
         self.entry_steps = -1  # and its steps
         self.output_shape = (size.steps * size.batch, size.h)
@@ -337,7 +337,7 @@ class Prepared:
             return None
         result = None
         dtype, shapes = self.dtype, plan.states
-        if plan.entry_steps == steps and plan.threads == threads.limit and x.dtype is dtype:
+        if plan.entry_steps == steps and plan.threads == threads.get_num_threads() and x.dtype is dtype:
             if state is None:
                 state = plan.zeros
             final = [

@@ -3,6 +3,10 @@
 Plain Python threads run kernels that have released the interpreter's lock. The pool is taken whole or not at all: a
 caller who finds it taken runs on its own thread. Idle threads sleep. A forked child starts without a pool and makes
 its own.
+
+Where PyTorch is used the threads are PyTorch's. After work they spin for some milliseconds, and others on the same
+cores would have only half of each. But an OpenMP region ends when every thread has come, even for nothing, while our
+own, if other processes hold the cores, are not waited for: so they stand in for a while after one has come late.
 """
 
 from __future__ import annotations
@@ -12,14 +16,16 @@ import ctypes
 import functools
 import math
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from queue import Empty, SimpleQueue
 
-REST_SECONDS = (0.0005, 0.1)  # without sharing, after a thread did not get a core: at first, and at most
+REST_SECONDS = (0.0005, 0.1)  # after a thread did not get a core: at first, and at most
 POLL_SECONDS = 1e-4  # of looking whether the others are through, before going to sleep
+LATE_SECONDS = 1e-3  # threads that are woken come in a fifth of it where there is a core for them
 
 _yield = getattr(os, "sched_yield", functools.partial(time.sleep, 0))
 
@@ -50,10 +56,10 @@ def _quota(folder: str = "/sys/fs/cgroup") -> float:
         return math.inf
 
 
-def _initial() -> int:
+def _read_variable() -> int | None:
     text = os.environ.get("FASTRNN_NUM_THREADS")
     if text is None:
-        return cores()
+        return None
     if not text.strip().isdecimal() or int(text) < 1:
         raise ValueError(f"FASTRNN_NUM_THREADS must be a whole number of at least 1, got {text!r}")
     return int(text)
@@ -125,14 +131,127 @@ class _Helper:
             self.processor = -1
 
 
+class _Own:
+    """Threads of our own."""
+
+    def __init__(self):
+        self.helpers: list[_Helper] = []
+
+    def begin(self, tasks):
+        """Hand them out, none to a helper that was last seen on this thread's processor."""
+        while len(self.helpers) < len(tasks):
+            self.helpers.append(_Helper())
+        helpers = self.helpers[: len(tasks)]
+        if _getcpu:
+            here = _getcpu()
+            for helper in helpers:
+                if helper.processor == here:
+                    helper.keep_off(here)
+        for helper, task in zip(helpers, tasks, strict=True):
+            helper.tasks.put(task)
+
+    def end(self, tasks):
+        """Wait for those that were begun."""
+        # Most are through at about the same time, and being woken takes longer than looking a few times.
+        polls_until = time.perf_counter() + POLL_SECONDS
+        for task in tasks:
+            while not task.finished and time.perf_counter() < polls_until:
+                _yield()
+            while not task.finished:
+                with contextlib.suppress(Empty):
+                    task.bell.get(timeout=1)
+
+
+class _Borrowed:
+    """The threads of GNU's OpenMP, which another library uses.
+
+    They are begun and ended by the two functions that compilers once made of `#pragma omp parallel`, with the caller's
+    own part between them: so that one stays an ordinary call, in which Python may raise what it wants. All threads of
+    the other library take part, as in its own work: any other number would end some, and make them again later.
+    """
+
+    def __init__(self, library: str, count: Callable[[], int]):
+        """`library` is the path of the one that uses them, `count` tells how many it has now."""
+        locked, free = ctypes.PyDLL(library), ctypes.CDLL(library)  # whether they keep the interpreter's lock
+        if hasattr(free, "__kmpc_fork_call"):
+            raise OSError(f"{library} uses another OpenMP than GNU's")
+        self.count = count
+        self.level, self.thread_number = locked.omp_get_level, locked.omp_get_thread_num
+        self.start, self.finish = locked.GOMP_parallel_start, free.GOMP_parallel_end
+        self.number_without_lock = free.omp_get_thread_num
+        region = ctypes.CFUNCTYPE(None, ctypes.c_ssize_t)
+        self.start.argtypes, self.start.restype = [region, ctypes.c_ssize_t, ctypes.c_uint], None
+        self.finish.argtypes, self.finish.restype = [], None
+        self.region = region(self._work)
+        self.rest = _Rest()
+        self.tasks: list[_Task] = []
+        self.last_end = 0.0
+
+    def can_run(self, parts) -> bool:
+        """Whether they are so many, came in time the last time, and do not wait for the end of a region already."""
+        return parts <= self.count() and self.rest.is_over() and not self.level()
+
+    def begin(self, tasks):
+        self.tasks, parts, count = tasks, len(tasks) + 1, self.count()
+        self.start(self.region if parts == count else self.first_of_them, parts, count)
+
+    def _work(self, parts):
+        """What each of the others does. Nothing is raised here: signals are the main thread's."""
+        task = self.tasks[self.thread_number() - 1]
+        if task.belongs_to(self):
+            task.run()
+            task.finished = True
+            self.last_end = time.perf_counter()
+
+    @functools.cached_property
+    def first_of_them(self):
+        """`region`, where there are more threads than parts: the others shall not wait for the interpreter's lock."""
+        from numba import cfunc
+
+        region, thread_number = self.region, self.number_without_lock
+        thread_number.argtypes = []
+
+        @cfunc("void(intp)")
+        def first_of_them(parts):
+            if thread_number() < parts:
+                region(parts)
+
+        self.machine_code = first_of_them  # lives as long as this
+        return type(region)(first_of_them.address)
+
+    def end(self, tasks):
+        """Wait for all of them, and note whether one came long after the work was done."""
+        begin = time.perf_counter()
+        while self.level():
+            self.finish()
+        self.rest.note(time.perf_counter() < max(begin, self.last_end) + LATE_SECONDS)
+
+
+class _Rest:
+    """From what has failed for want of a core: the more often that happens, the longer."""
+
+    def __init__(self):
+        self.until, self.seconds = -math.inf, REST_SECONDS[0]
+
+    def is_over(self) -> bool:
+        return time.monotonic() >= self.until
+
+    def note(self, successful: bool):
+        shortest, longest = REST_SECONDS
+        if successful:
+            self.seconds = max(self.seconds / 2, shortest)
+        else:
+            self.until = time.monotonic() + self.seconds
+            self.seconds = min(4 * self.seconds, longest)
+
+
 class _Pool:
-    """Helpers, taken whole by one caller at a time."""
+    """Threads, taken whole by one caller at a time."""
 
     def __init__(self):
         self.taken_by: dict = {}
-        self.helpers: list[_Helper] = []
-        self.rests_until = -math.inf
-        self.rest = REST_SECONDS[0]
+        self.own = _Own()
+        self.rest = _Rest()  # from sharing
 
     @contextlib.contextmanager
     def taken(self):
@@ -148,18 +267,6 @@ class _Pool:
         finally:
             self.taken_by.pop("thread", None)
 
-    def _call(self, count) -> list[_Helper]:
-        """So many helpers, none of which was last seen on this thread's processor."""
-        while len(self.helpers) < count:
-            self.helpers.append(_Helper())
-        helpers = self.helpers[:count]
-        if _getcpu:
-            here = _getcpu()
-            for helper in helpers:
-                if helper.processor == here:
-                    helper.keep_off(here)
-        return helpers
-
     def run(self, part, parts, needed=True) -> bool:
         """Call part(p, parts) for every p: 0 on this thread. Those that no thread has begun by the time this one is
         through with its own are done here as well, or not at all if they are not `needed`.
@@ -167,16 +274,16 @@ class _Pool:
         Returns whether all were through at about the same time.
         """
         tasks = [_Task(part, p, parts) for p in range(1, parts)]
+        team = _borrowed if _borrowed and _borrowed.can_run(parts) else self.own
         errors: list[BaseException] = []
         try:
-            for helper, task in zip(self._call(parts - 1), tasks, strict=True):
-                helper.tasks.put(task)
+            team.begin(tasks)
             part(0, parts)
         except BaseException as e:
             errors.append(e)
         while True:  # whatever happens: the others write into this call's arrays
             try:
-                in_time = self._finish(tasks, needed, errors)
+                in_time = self._finish(team, tasks, needed, errors)
                 break
             except BaseException as e:
                 errors.append(e)
@@ -185,36 +292,51 @@ class _Pool:
             raise errors[0]
         return in_time
 
-    def _finish(self, tasks, needed, errors) -> bool:
+    def _finish(self, team, tasks, needed, errors) -> bool:
         """Do or call off what nobody has begun, and wait for the rest; whether that took no time."""
         for task in tasks:
             if task.belongs_to(self) and needed and not errors and not task.finished:
                 task.finished = True
                 task.run()
-        polls_until, in_time = time.perf_counter() + POLL_SECONDS, True
-        for task in tasks:
-            if not task.belongs_to(self):
-                # Most are through at about the same time, and being woken takes longer than looking a few times.
-                while not task.finished and time.perf_counter() < polls_until:
-                    _yield()
-                in_time = in_time and task.finished
-                while not task.finished:
-                    with contextlib.suppress(Empty):
-                        task.bell.get(timeout=1)
-        return in_time
+        begin = time.perf_counter()
+        team.end([task for task in tasks if not task.belongs_to(self)])
+        return time.perf_counter() < begin + POLL_SECONDS
 
 
 _pool = _Pool()
-limit = _initial()  # of threads in a pass; see set_num_threads
+_borrowed: _Borrowed | None = None
+_chosen = _read_variable()
+_following: Callable[[], int] = functools.cache(cores)  # says how many threads where no number is chosen
 
 
 def _after_fork():
-    global _pool
-    _pool = _Pool()
+    """A child has no threads, and GNU's OpenMP would wait for its own for ever."""
+    global _pool, _borrowed
+    _pool, _borrowed = _Pool(), None
 
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
+
+
+def follow(count: Callable[[], int], library: str) -> None:
+    """Use as many threads as count() says, where no other number is chosen, and those of `library`'s OpenMP.
+
+    The threads stay our own where those cannot be had: on other systems than Linux, with another OpenMP than GNU's, in
+    a forked child, or for more parts than count() threads.
+
+    Parameters
+    ----------
+    count : function of nothing to int
+        Called for every pass.
+    library : str
+        The path of a library that is loaded already.
+    """
+    global _following, _borrowed
+    _following = count
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            _borrowed = _Borrowed(library, count)
 
 
 def set_num_threads(n: int) -> None:
@@ -225,7 +347,8 @@ def set_num_threads(n: int) -> None:
     Parameters
     ----------
     n : int
-        At least 1. The default is FASTRNN_NUM_THREADS where that is set, else the processors this process may use.
+        At least 1. Until it is called: FASTRNN_NUM_THREADS where that is set, else what torch.get_num_threads() says at
+        each pass once fastrnn.torch has been imported, else the processors that this process may use.
 
     Examples
     --------
@@ -236,17 +359,17 @@ def set_num_threads(n: int) -> None:
     1
     >>> fastrnn.set_num_threads(before)
     """
-    global limit
+    global _chosen
     if isinstance(n, bool) or not hasattr(n, "__index__"):
         raise TypeError(f"n must be a whole number, got {type(n).__name__}")
     if n.__index__() < 1:
         raise ValueError(f"n must be at least 1, got {n}")
-    limit = n.__index__()
+    _chosen = n.__index__()
 
 
 def get_num_threads() -> int:
     """The most threads that a pass uses; see :func:`set_num_threads`."""
-    return limit
+    return _following() if _chosen is None else _chosen
 
 
 def run(part: Callable[[int, int], None], parts: int) -> None:
@@ -266,7 +389,7 @@ def share(part: Callable[[int, int], None], parts: int) -> bool:
 
     Returns whether nobody had to be waited for at the end.
     """
-    if time.monotonic() >= _pool.rests_until:
+    if _pool.rest.is_over():
         with _pool.taken() as mine:
             if mine:
                 return _pool.run(part, parts, needed=False)
@@ -278,9 +401,4 @@ def shared(successfully: bool) -> None:
     """Whether the last sharing was one. If a thread did not get a core, share nothing for a while; the more often that
     happens, the longer.
     """
-    shortest, longest = REST_SECONDS
-    if successfully:
-        _pool.rest = max(_pool.rest / 2, shortest)
-    else:
-        _pool.rests_until = time.monotonic() + _pool.rest
-        _pool.rest = min(4 * _pool.rest, longest)
+    _pool.rest.note(successfully)

@@ -181,7 +181,7 @@ def test_parts_that_no_thread_begins_are_done_by_the_caller(monkeypatch):
         def __init__(self):
             self.tasks = threads.SimpleQueue()
 
-    pool.helpers = [Asleep(), Asleep()]
+    pool.own.helpers = [Asleep(), Asleep()]
     done = []
     threads.run(lambda p, parts: done.append((p, parts)), 3)
     assert sorted(done) == [(0, 3), (1, 3), (2, 3)]
@@ -193,7 +193,7 @@ def test_parts_that_no_thread_begins_are_done_by_the_caller(monkeypatch):
 def test_after_a_failure_nothing_is_shared_for_a_while(monkeypatch):
     monkeypatch.setattr(threads, "_pool", threads._Pool())
     monkeypatch.setattr(threads, "REST_SECONDS", (0.2, 10.0))
-    threads._pool.rest = 0.2
+    threads._pool.rest.seconds = 0.2
     done = []
 
     def part(p, parts):
@@ -216,13 +216,13 @@ def test_rests_grow_with_failures_and_shrink_with_success(monkeypatch):
     rests = []
     for _ in range(20):
         threads.shared(False)
-        rests.append(threads._pool.rest)
+        rests.append(threads._pool.rest.seconds)
     shortest, longest = threads.REST_SECONDS
     assert rests[:2] == [4 * shortest, 16 * shortest]
     assert rests[-1] == longest
     for _ in range(20):
         threads.shared(True)
-    assert threads._pool.rest == shortest
+    assert threads._pool.rest.seconds == shortest
 
 
 @pytest.mark.parametrize(
