@@ -52,17 +52,16 @@ threads.follow(torch.get_num_threads, f"{torch.__path__[0]}/lib/libtorch_cpu.so"
 _DTYPES = (torch.float32, torch.float64)
 
 
-def _arrays(tensors: Iterable[Tensor]) -> list[Array]:
-    """Return arrays that share the tensors' memory, where these are in order."""
-    return [functional.contiguous(tensor.detach().contiguous().numpy()) for tensor in tensors]
+def _array(tensor: Tensor) -> Array:
+    """Return an array that shares the tensor's memory, where this is in order."""
+    return functional.contiguous((tensor.detach() if tensor.requires_grad else tensor).numpy())
 
 
-def _tensor(array: Array) -> Tensor:
-    return torch.from_numpy(array)
+_tensor = torch.from_numpy
 
 
 def _prepare(spec: Spec, params: Sequence[Tensor]) -> list[Any]:
-    return stack.prepare(spec, _arrays(params))
+    return stack.prepare(spec, [_array(param) for param in params])
 
 
 # ---- the operators, for torch.compile, torch.export and all who look into a program
@@ -77,7 +76,7 @@ _SCHEMAS = (
 
 
 def _optional(tensor: Tensor | None) -> Array | None:
-    return None if tensor is None else _arrays([tensor])[0]
+    return None if tensor is None else _array(tensor)
 
 
 def _rows(lengths: Any, reset: Any, T: int, B: int) -> Rows:
@@ -102,7 +101,9 @@ def _forward_op(
     prepared = _prepare(spec, params)
     states = stack.initial(spec, prepared, _optional(h), _optional(c), B)
     rows = _rows(lengths, reset, T, B)
-    output, last, kept = stack.forward(spec, prepared, _arrays([x])[0], states, _arrays(masks), rows, training)
+    output, last, kept = stack.forward(
+        spec, prepared, _array(x), states, [_array(mask) for mask in masks], rows, training
+    )
     c_n = _tensor(last[1]) if len(last) == 2 else x.new_empty(0)
     return _tensor(output), _tensor(last[0]), c_n, [_tensor(array) for array in kept]
 
@@ -130,10 +131,9 @@ def _backward_op(
     states = stack.initial(spec, prepared, _optional(h), _optional(c), B)
     rows = _rows(lengths, reset, T, B)
     d_states = [_optional(d_h), _optional(d_c)][: len(states)]
-    x_now, output_now = _arrays([x, output])
-    tape = output_now, _arrays(kept)
+    tape = _array(output), [_array(part) for part in kept]
     dx, d_start, d_params = stack.backward(
-        spec, prepared, x_now, states, _arrays(masks), tape, rows, _optional(d_output), d_states
+        spec, prepared, _array(x), states, [_array(mask) for mask in masks], tape, rows, _optional(d_output), d_states
     )
     dc = _tensor(d_start[1]) if len(d_start) == 2 else x.new_empty(0)
     return _tensor(dx), _tensor(d_start[0]), dc, [_tensor(array) for array in d_params]
@@ -245,7 +245,9 @@ class _OnCPU(torch.autograd.Function):
     def forward(ctx: Any, call: tuple[Any, ...], x: Tensor, h: Any, c: Any, *params: Tensor) -> tuple[Tensor, ...]:
         spec, prepared, masks, rows = call
         states = stack.initial(spec, prepared, _optional(h), _optional(c), x.shape[1])
-        output, last, kept = stack.forward(spec, prepared, _arrays([x])[0], states, _arrays(masks), rows, training=True)
+        output, last, kept = stack.forward(
+            spec, prepared, _array(x), states, [_array(mask) for mask in masks], rows, training=True
+        )
         result = _tensor(output)
         # All that is large goes through PyTorch's hands, which free it early, or compute it again for a checkpoint.
         ctx.save_for_backward(x, h, c, result, *params, *masks, *map(_tensor, kept))
@@ -267,10 +269,10 @@ class _OnCPU(torch.autograd.Function):
             )
             return (None, *given, *d_params)
         states = stack.initial(spec, prepared, _optional(h), _optional(c), x.shape[1])
-        x_now, output_now = _arrays([x, output])
-        tape, d_states = (output_now, _arrays(kept)), [_optional(d) for d in d_last]
+        tape, d_states = (_array(output), [_array(part) for part in kept]), [_optional(d) for d in d_last]
+        drawn = [_array(mask) for mask in masks]
         dx, d_start, d_array = stack.backward(
-            spec, prepared, x_now, states, _arrays(masks), tape, rows, _optional(d_output), d_states
+            spec, prepared, _array(x), states, drawn, tape, rows, _optional(d_output), d_states
         )
         starts = (*map(_tensor, d_start), None)[:2]
         wanted = [None if start is None else d for start, d in zip((h, c), starts, strict=True)]
@@ -344,8 +346,7 @@ def _run_on_gpu(
 # ---- the modules
 
 
-def _is_plain(tensor: Any) -> bool:
-    return type(tensor) is Tensor or type(tensor) is Parameter
+_PLAIN = frozenset([Tensor, Parameter])
 
 
 class _Module(torch.nn.Module):
@@ -400,7 +401,7 @@ class _Module(torch.nn.Module):
     ) -> Sequence[Tensor]:
         """Choose the way, and return the output and the last states."""
         spec = self._spec
-        given = [tensor for tensor in (x, h, c, *params) if tensor is not None]
+        given = [x, *params] if h is None else [tensor for tensor in (x, h, c, *params) if tensor is not None]
         training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
         compiling = torch.compiler.is_compiling()
         transforms = torch._C._are_functorch_transforms_active()
@@ -413,18 +414,17 @@ class _Module(torch.nn.Module):
             and torch._C._len_torch_dispatch_stack() == 0
             and torch._C._get_tracing_state() is None
         )
-        if plain and all(map(_is_plain, given)):
-            if x.device.type == "cpu":
-                T, B, _ = x.shape
-                rows = (None, None) if lengths is None and reset is None else _rows(lengths, reset, T, B)
+        if plain and _PLAIN.issuperset(map(type, given)):
+            if x.is_cpu:
+                rows = (None, None) if lengths is None and reset is None else _rows(lengths, reset, *x.shape[:2])
                 prepared = self._prepare(params)
                 if training:
                     return _OnCPU.apply((spec, prepared, masks, rows), x, h, c, *params)
                 return self._infer(prepared, x, h, c, masks, rows)
-            if x.device.type == "cuda":
+            if x.is_cuda:
                 rows = _rows(lengths, reset, *x.shape[:2])
                 return _run_on_gpu(spec, x, h, c, params, masks, rows, training)
-        if x.device.type == "cuda":
+        if x.is_cuda:
             raise NotImplementedError(
                 "fastrnn's layers are not compiled, traced or exported on a GPU: mark what calls them with "
                 "torch.compiler.disable, or move the model and its input to the CPU"
@@ -435,15 +435,17 @@ class _Module(torch.nn.Module):
     def _infer(
         self, prepared: list[Any], x: Tensor, h: Any, c: Any, masks: list[Tensor], rows: Rows
     ) -> Sequence[Tensor]:
-        x_now, h_now, c_now = _arrays([x])[0], _optional(h), _optional(c)
+        x_now, h_now, c_now = _array(x), _optional(h), _optional(c)
         T, B, I = x_now.shape
         if len(prepared) == 1 and rows[0] is None and rows[1] is None:
-            given = [state for state in (h_now, c_now) if state is not None]
-            result = prepared[0].again(x_now.reshape(T * B, I), T, tuple(given) if given else None)
+            given = None if h_now is None else (h_now,) if c_now is None else (h_now, c_now)
+            result = prepared[0].again(x_now.reshape(T * B, I), T, given)
             if result is not None:
                 return (_tensor(result[0].reshape(T, B, prepared[0].h)), *map(_tensor, result[1]))
         states = stack.initial(self._spec, prepared, h_now, c_now, B)
-        output, last, _ = stack.forward(self._spec, prepared, x_now, states, _arrays(masks), rows, training=False)
+        output, last, _ = stack.forward(
+            self._spec, prepared, x_now, states, [_array(mask) for mask in masks], rows, training=False
+        )
         return (_tensor(output), *map(_tensor, last))
 
     def _prepare(self, params: list[Tensor]) -> list[Any]:
@@ -469,24 +471,15 @@ class _Module(torch.nn.Module):
 
     def _check_input(self, input: Tensor, params: list[Tensor]) -> Tensor:
         """Return the input in the parameters' dtype."""
-        dtype, device = params[0].dtype, params[0].device
+        dtype, on_cpu = params[0].dtype, input.is_cpu
+        for param, shape in zip(params, self._shapes, strict=True):
+            if param.shape != shape or param.dtype is not dtype or not (on_cpu and param.is_cpu):
+                self._check_parameters(input, params)
+                break
         if dtype not in _DTYPES:
             raise TypeError(_dtype_message("the parameters are", dtype, "the model and its input"))
-        if device.type not in ("cpu", "cuda", "meta"):
-            raise TypeError(f"the parameters are on {device}, expected the CPU or an NVIDIA GPU: move them, to('cpu')")
-        for param, shape, name in zip(params, self._shapes, self._flat_weights_names, strict=True):
-            if param.shape != shape:
-                raise RuntimeError(f"{name} has shape {tuple(param.shape)}, expected {shape}")
-            if param.dtype != dtype or param.device != device:
-                first = self._flat_weights_names[0]
-                raise ValueError(f"{name} is {param.dtype} on {param.device}, and {first} is {dtype} on {device}")
-        if input.device != device:
-            raise RuntimeError(
-                "Input and parameter tensors are not at the same device, "
-                f"found input tensor at {input.device} and parameter tensor at {device}"
-            )
         if input.dtype != dtype:
-            if input.is_floating_point() and torch.is_autocast_enabled(device.type):
+            if input.is_floating_point() and torch.is_autocast_enabled(input.device.type):
                 input = input.to(dtype)
             elif input.dtype not in _DTYPES:
                 raise TypeError(_dtype_message("input is", input.dtype, "it"))
@@ -500,6 +493,23 @@ class _Module(torch.nn.Module):
                 f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {input.shape[-1]}"
             )
         return input
+
+    def _check_parameters(self, input: Tensor, params: list[Tensor]) -> None:
+        """Check that all are of the right shape, of one dtype and on one device that is known here."""
+        dtype, device = params[0].dtype, params[0].device
+        if device.type not in ("cpu", "cuda", "meta"):
+            raise TypeError(f"the parameters are on {device}, expected the CPU or an NVIDIA GPU: move them, to('cpu')")
+        for param, shape, name in zip(params, self._shapes, self._flat_weights_names, strict=True):
+            if param.shape != shape:
+                raise RuntimeError(f"{name} has shape {tuple(param.shape)}, expected {shape}")
+            if param.dtype != dtype or param.device != device:
+                first = self._flat_weights_names[0]
+                raise ValueError(f"{name} is {param.dtype} on {param.device}, and {first} is {dtype} on {device}")
+        if input.device != device:
+            raise RuntimeError(
+                "Input and parameter tensors are not at the same device, "
+                f"found input tensor at {input.device} and parameter tensor at {device}"
+            )
 
 
 class _Recurrent(_Module):
@@ -602,9 +612,9 @@ class _Recurrent(_Module):
         else:
             x = input.transpose(0, 1) if self.batch_first else input
         T, B, _ = x.shape
-        h, c = self._check_states(hx, x, B, batched)
-        lengths = _check_lengths(lengths, B, batched)
-        reset = self._check_reset(reset, T, B, batched)
+        h, c = (None, None) if hx is None else self._check_states(hx, x, B, batched)
+        lengths = None if lengths is None else _check_lengths(lengths, B, batched)
+        reset = None if reset is None else self._check_reset(reset, T, B, batched)
         masks = self._masks((T, B), x) if self.training and self.dropout else []
         output, *last = self._compute(x, h, c, params, masks, lengths, reset)
         if not batched:
@@ -675,10 +685,8 @@ class _Recurrent(_Module):
             states[i] = _check_kind(name, state, x)
         return (states[0], states[1]) if lstm else (states[0], None)
 
-    def _check_reset(self, reset: Any, T: int, B: int, batched: bool) -> Tensor | None:
+    def _check_reset(self, reset: Any, T: int, B: int, batched: bool) -> Tensor:
         """Return `reset` as (T, B) on the CPU."""
-        if reset is None:
-            return None
         reset = _as_tensor("reset", reset)
         if reset.dtype != torch.bool:
             raise TypeError(f"reset is {reset.dtype}, expected torch.bool: reset.bool()")
@@ -705,10 +713,8 @@ def _check_kind(name: str, state: Tensor, x: Tensor) -> Tensor:
     return state
 
 
-def _check_lengths(lengths: Any, B: int, batched: bool) -> Tensor | None:
+def _check_lengths(lengths: Any, B: int, batched: bool) -> Tensor:
     """Return `lengths` as a tensor (B,) of integers; their values are looked at where the work is done."""
-    if lengths is None:
-        return None
     lengths = _as_tensor("lengths", lengths)
     if (lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool) and lengths.numel():
         raise TypeError(f"lengths is {lengths.dtype}, expected integers")
