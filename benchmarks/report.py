@@ -234,6 +234,34 @@ def speed_up(records: Sequence[Record]) -> str:
     return table(["", "threads", "as fast as one"], rows)
 
 
+def steps(records: Sequence[Record]) -> str:
+    """A row for each shape: milliseconds of a training step, and how many times as long it takes with torch.nn."""
+    columns = [(cell, n) for cell in CELLS for n in sorted({record["threads"] for record in records})]
+    columns = [column for column in columns if chosen(records, cell=column[0], threads=column[1])]
+    rows = []
+    for shape in dict.fromkeys(map(shape_of, records)):
+        some = {(record["cell"], record["threads"]): record for record in records if shape_of(record) == shape}
+        found = [some.get(column) for column in columns]
+        rows.append(
+            [
+                shape,
+                *(f"{milliseconds(r['milliseconds']['fastrnn'])} · {times(r['ratio'])}" if r else "" for r in found),
+            ]
+        )
+    return table(["T, B, I, H", *(f"{CELLS[cell]}, {threads_of(n)}" for cell, n in columns)], rows)
+
+
+def steps_summary(records: Sequence[Record]) -> str:
+    """Geometric mean and smallest of the ratios over all shapes."""
+    counts = sorted({record["threads"] for record in records})
+    rows = []
+    for cell in CELLS:
+        ratios = [[record["ratio"] for record in chosen(records, cell=cell, threads=n)] for n in counts]
+        row = [f"{times(statistics.geometric_mean(some))} ({times(min(some))})" if some else "" for some in ratios]
+        rows += [[CELLS[cell], *row]] if any(row) else []
+    return table(["", *map(threads_of, counts)], rows)
+
+
 # ---- the pages
 
 
@@ -278,6 +306,7 @@ def section(results: Record) -> str:
         *titled("Memory of a call at its peak, above arguments and results.", calls and memory(calls)),
         *titled("From the start of a program.", starts and start(starts)),
         *titled(_DISTURBED, troubles and disturbed(troubles)),
+        *titled(_STEPS, results.get("steps") and steps_summary(results["steps"])),
     ]
     return "\n\n".join(filter(None, parts))
 
@@ -286,6 +315,11 @@ _DISTURBED = (
     "On a machine that is not its own: median time of a call (90th percentile in brackets) by the library's own on "
     "one thread of an idle machine. *Spinning*: another process on every core; *product*: NumPy multiplies before "
     "each call."
+)
+
+_STEPS = (
+    "A training step in PyTorch, of Linear, the layer, Linear, loss, gradients and Adam: how many times as long it takes "
+    "with torch.nn's layer, geometric mean over the shapes, and the smallest in brackets."
 )
 
 
@@ -313,6 +347,8 @@ def page(results: Record) -> str:
     parts += titled("### Memory at the peak of a call, above arguments and results", tables["memory"])
     parts += titled("### Start", tables["start"], picture(results, "start", "Time until the first result", ""))
     parts += titled("### Disturbed", _DISTURBED if tables["disturbed"] else "", tables["disturbed"])
+    if tables["steps"]:
+        parts += titled("### Training steps in PyTorch", _STEPS, steps_summary(results["steps"]), tables["steps"])
     return "\n\n".join(filter(None, parts))
 
 
@@ -323,6 +359,7 @@ SECTIONS = {
     "memory": memory,
     "start": start,
     "disturbed": disturbed,
+    "steps": steps,
 }
 
 

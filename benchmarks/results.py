@@ -31,6 +31,7 @@ KEYS = {
     "memory": ("library", "cell", "shape", "operation"),
     "start": ("library", "cell", "operation"),
     "disturbed": ("library", "cell", "shape", "operation", "threads", "disturbance"),
+    "steps": ("cell", "shape", "threads"),
 }
 
 

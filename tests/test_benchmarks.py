@@ -53,6 +53,14 @@ def everything():
         "memory": [{**small, "library": "fastrnn", "bytes": 3 << 20, "results": 1}],
         "start": [{"library": "fastrnn", "cell": "lstm", "operation": "training", **cold}],
         "disturbed": [trouble],
+        "steps": [
+            {"cell": "gru", "shape": CASE["shape"], "threads": 1, "milliseconds": {"torch": 9.0, "fastrnn": 3.0},
+             "ratio": 3.0},
+            {"cell": "lstm", "shape": CASE["shape"], "threads": 1, "milliseconds": {"torch": 2.4, "fastrnn": 2.0},
+             "ratio": 1.2},
+            {"cell": "lstm", "shape": small["shape"], "threads": 2, "milliseconds": {"torch": 9.0, "fastrnn": 2.0},
+             "ratio": 4.5},
+        ],
     }  # fmt: skip
 
 
@@ -148,6 +156,31 @@ def test_slope_and_percentile():
     assert disturbed.percentile([7.0], 0.9) == 7
 
 
+# ---- training steps
+
+
+def test_training_steps(monkeypatch):
+    pytest.importorskip("torch", reason="PyTorch is not installed")
+    import training
+
+    for cell in grid.CELLS:
+        medians = training.measure(cell, grid.TINY[0], rounds=2, seconds=0)
+        assert [len(times) for times in medians.values()] == [2, 2]
+        assert training.figures(medians)["ratio"] > 0
+    assert training.figures({"torch": [3.0, 4.0, 5.0], "fastrnn": [1.0, 2.0, 2.0]}) == {
+        "milliseconds": {"torch": 4000.0, "fastrnn": 2000.0},
+        "ratio": 2.5,
+    }
+
+    def replace_with_another(model):
+        model.layer.weight_hh_l0.data *= 1.2
+
+    monkeypatch.setitem(training.SWAP, "fastrnn", replace_with_another)
+    with pytest.raises(AssertionError):
+        training.check(training.Model("lstm", grid.TINY[0]), grid.TINY[0])
+    assert training.options([]).shapes == ["grid", "odd"]
+
+
 # ---- floors
 
 
@@ -185,6 +218,7 @@ def test_the_readme_shows_each_part():
     assert "| fastrnn | 3 |" in text
     assert "| LSTM training | fastrnn | 90.0 ms | 9.00 s | 0.40 s | 20.0 ms |" in text
     assert "| LSTM inference 100, 32, 128, 128 | fastrnn | 1.25 (2.00) |" in text
+    assert "|  | 1 thread | 2 threads |\n| --- | --- | --- |\n| LSTM | 1.2× (1.2×) | 4.5× (4.5×) |" in text
 
 
 def test_the_page_shows_every_section():
@@ -194,6 +228,8 @@ def test_the_page_shows_every_section():
     assert "| LSTM training 50, 64, 512, 512 | 1 | multiply-adds a second | 90·10⁹ | 120·10⁹ | 75% |" in text
     assert "| GRU inference | T 1 to 2 | 1.00 · 2.00 | 1.00 |" in text
     assert "| LSTM training 50, 64, 512, 512 | 2 | 1.8× |" in text
+    assert "| T, B, I, H | LSTM, 1 thread | LSTM, 2 threads | GRU, 1 thread |" in text
+    assert "| 100, 32, 128, 128 | 2.00 · 1.2× |  | 3.00 · 3.0× |" in text
 
 
 def test_a_part_that_was_not_measured_is_left_out():
