@@ -30,7 +30,10 @@ CONSTANTS = ("W", "R", "B", "P")
 
 @pytest.fixture(scope="module")
 def ort():
-    return pytest.importorskip("onnxruntime", reason="the package onnxruntime is not installed")
+    ort = pytest.importorskip("onnxruntime", reason="the package onnxruntime is not installed")
+    if tuple(map(int, ort.__version__.split(".")[:2])) < (1, 31):
+        pytest.skip(f"onnxruntime is {ort.__version__}: before 1.31 an RNN's rows of no steps have an undefined state")
+    return ort
 
 
 def run_ort(ort, model, feeds):
@@ -84,13 +87,16 @@ def node_tests():
         return BackendTest(Backend, __name__).test_cases["OnnxBackendNodeModelTest"]
 
 
-def test_these_are_all_node_tests(node_tests):
+def test_there_are_no_other_node_tests(node_tests):
     found = {name for name in dir(node_tests) if re.match(r"test_(lstm|gru|rnn|simple_rnn)_.*_cpu$", name)}
-    assert found == {f"test_{name}_cpu" for name in NODE_TESTS}
+    assert found
+    assert found <= {f"test_{name}_cpu" for name in NODE_TESTS}
 
 
 @pytest.mark.parametrize("name", NODE_TESTS)
 def test_onnx_node_test(node_tests, name):
+    if not hasattr(node_tests, f"test_{name}_cpu"):
+        pytest.skip(f"onnx {onnx.__version__} does not have this test")
     outcome = unittest.TestResult()
     node_tests(f"test_{name}_cpu").run(outcome)
     assert outcome.testsRun == 1
@@ -110,6 +116,9 @@ FORMS = {"RNN": 1, "LSTM": 3, "GRU": 2}  # activations of one direction
 def random_activations(random, count):
     """Return attributes: sometimes without the numbers, where both sides have the same defaults."""
     names = [str(name) for name in random.choice(ACTIVATIONS, count)]
+    while count < 3 and len({(name in ALPHA, name in BETA) for name in names}) > 1:
+        # ONNX Runtime reads past the end of an RNN's numbers where one direction has none, and may abort.
+        names = [str(name) for name in random.choice(ACTIVATIONS, count)]
     attributes = {"activations": names}
     if random.random() < 0.6 or {"Affine", "ScaledTanh", "ThresholdedRelu"} & set(names):
         for label, having in (("activation_alpha", ALPHA), ("activation_beta", BETA)):
@@ -344,17 +353,21 @@ def test_what_is_no_layer_raises(reason, operator):
 
 
 @pytest.mark.parametrize("clip", [None, 3.0])
-def test_small_floats_are_computed_in_float32(clip):
-    ml_dtypes = pytest.importorskip("ml_dtypes")
-    for dtype in (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)):
-        small = {name: array.astype(dtype) for name, array in lstm_arrays().items()}
-        wide = {name: array.astype(np.float32) for name, array in small.items()}
-        model = make_model("LSTM", {} if clip is None else {"clip": clip}, small, inputs=calls(small), opset=22)
-        results = load(model)["node"](**calls(small))
-        expected = Operator("LSTM", wide["W"], wide["R"], wide["B"], clip=clip)(**calls(wide))
-        for one, other in zip(results, expected, strict=True):
-            assert one.dtype == dtype
-            np.testing.assert_array_equal(one, other.astype(dtype))
+@pytest.mark.parametrize("name", ["float16", "bfloat16"])
+def test_small_floats_are_computed_in_float32(name, clip):
+    dtype = np.dtype(getattr(np, name, None) or getattr(pytest.importorskip("ml_dtypes"), name))
+    try:
+        helper.np_dtype_to_tensor_dtype(dtype)
+    except KeyError:
+        pytest.skip(f"onnx {onnx.__version__} has no arrays of {name}")
+    small = {name: array.astype(dtype) for name, array in lstm_arrays().items()}
+    wide = {name: array.astype(np.float32) for name, array in small.items()}
+    model = make_model("LSTM", {} if clip is None else {"clip": clip}, small, inputs=calls(small), opset=22)
+    results = load(model)["node"](**calls(small))
+    expected = Operator("LSTM", wide["W"], wide["R"], wide["B"], clip=clip)(**calls(wide))
+    for one, other in zip(results, expected, strict=True):
+        assert one.dtype == dtype
+        np.testing.assert_array_equal(one, other.astype(dtype))
 
 
 @pytest.mark.parametrize("clip", [None, 100.0])
@@ -497,6 +510,30 @@ def test_nodes_of_the_first_operator_set():
     model = make_model("GRU", {"output_sequence": 1, "hidden_size": 6}, arrays, inputs=["X"], opset=1)
     expected = Operator("GRU", arrays["W"], arrays["R"], arrays["B"])(arrays["X"])
     assert_alike(load(model)["node"](arrays["X"]), expected, 0)
+
+
+@pytest.mark.filterwarnings("ignore")  # what PyTorch says of its older exporter, which needs no other package
+@pytest.mark.parametrize("kind", ["RNN", "LSTM", "GRU"])
+def test_models_that_pytorch_writes(tmp_path, kind):
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    layer = getattr(torch.nn, kind)(3, 5, num_layers=2, bidirectional=True, batch_first=True)
+    x = torch.from_numpy(uniform(np.random.default_rng(2), 2, 7, 3))
+    torch.onnx.export(layer.eval(), (x,), tmp_path / "torch.onnx", dynamo=False)
+    rows = x.numpy().swapaxes(0, 1)
+    operators = load(tmp_path / "torch.onnx").values()
+    assert len(operators) == 2
+    for operator in operators:
+        Y, *_ = operator(rows)
+        rows = Y.swapaxes(1, 2).reshape(*rows.shape[:2], 10)
+    assert_alike([rows.swapaxes(0, 1)], [layer(x)[0].detach().numpy()])
+
+
+def test_weights_in_a_file_of_their_own(tmp_path):
+    arrays = lstm_arrays()
+    model = make_model("LSTM", {}, arrays, inputs=["X"])
+    onnx.save(model, tmp_path / "a.onnx", save_as_external_data=True, location="weights.bin", size_threshold=0)
+    assert (tmp_path / "weights.bin").stat().st_size > arrays["W"].nbytes
+    np.testing.assert_array_equal(load(tmp_path / "a.onnx")["node"].W, arrays["W"])
 
 
 def test_nodes_of_one_name_or_none():
