@@ -419,7 +419,8 @@ class Adam(Optimizer):
         epsilon: float = 1e-8,
         weight_decay: float = 0.0,
     ) -> None:
-        functional.check_structure("betas", betas, 2)
+        if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+            raise TypeError(f"betas is {betas!r}, expected two numbers")
         self.betas = tuple(check_number(f"betas[{i}]", beta, 0.0, 1.0, below=True) for i, beta in enumerate(betas))
         self.epsilon = check_number("epsilon", epsilon, 0.0)
         super().__init__(learning_rate, weight_decay, ("mean", "square"))

@@ -31,6 +31,10 @@ fine-tuning            ``model.load(path, strict=False)``, ``model.freeze("embed
 a loop of one's own    ``model.forward``, a loss, ``model.backward``, `clip_by_norm`, ``optimizer.step``
 =====================  ================================================================================================
 
+`Linear` multiplies by NumPy's BLAS, whose threads spin after each product on the cores that the recurrent layers need:
+let a program begin with ``os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")``, before it imports NumPy, unless its
+Linear layers are much larger than its recurrent ones.
+
 >>> import numpy as np
 >>> from fastrnn import GRU
 >>> random = np.random.default_rng(0)
@@ -44,6 +48,7 @@ True
 """
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -156,7 +161,6 @@ __all__ = [
     "recall",
     "sigmoid",
     "softmax",
-    "start_anew_with_resting_blas",
     "streams",
     "word_error_rate",
 ]
@@ -165,7 +169,6 @@ Array = np.ndarray
 History = list[dict[str, float]]
 
 FORMAT = 1  # of checkpoints
-BLAS_WAIT = "OPENBLAS_THREAD_TIMEOUT"  # how long OpenBLAS' threads spin: the logarithm of a number of cycles
 
 
 class Diverged(ArithmeticError):
@@ -721,15 +724,15 @@ class Trainer:
         }
         if self.best is not None:
             arrays |= {f"best/{name}": array for name, array in self.best["weights"].items()}
+        arrays |= {f"random/{path}": _random_words(random) for path, random in self.model.generators().items()}
         for key in {key for entry in self.history for key in entry}:
             arrays[f"history/{key}"] = np.array([entry.get(key, math.nan) for entry in self.history])
         meta = {
             "checkpoint": FORMAT,
-            "model": repr(self.model),
+            "model": _described(self.model),
             "optimizer": type(self.optimizer).__name__,
             "steps": self.optimizer.steps,
             "schedule": self.optimizer.schedule.state(),
-            "random": {path: random.bit_generator.state for path, random in self.model.generators().items()},
             "seed": self.seed,
             "epoch": self.epoch,
             "position": self._position,
@@ -745,7 +748,7 @@ class Trainer:
     def _restore(self, arrays: Mapping[str, Array], meta: Mapping[str, Any]) -> None:
         """Take back a snapshot; raise, and change nothing, if it is not of such a trainer."""
         self._check_snapshot(arrays, meta)
-        groups: dict[str, Params] = {"model": {}, "best": {}, "history": {}}
+        groups: dict[str, Params] = {"model": {}, "best": {}, "history": {}, "random": {}}
         slots: dict[str, Params] = {slot: {} for slot in self.optimizer.slots}
         for full, array in arrays.items():
             group, _, name = full.partition("/")
@@ -760,9 +763,9 @@ class Trainer:
         ]
         state = _unpack(meta["state"], arrays)
         best = meta["best"] and {**meta["best"], "weights": groups["best"]}
-        generators = self.model.generators()
-        for path, random in generators.items():
-            random.bit_generator.state = meta["random"][path]
+        states = {path: _random_state(words) for path, words in groups["random"].items()}
+        for path, random in self.model.generators().items():
+            random.bit_generator.state = states[path]
         self.optimizer.schedule.restore(meta["schedule"])
         self.model.parameters.update(groups["model"])
         self.optimizer.slots, self.optimizer.steps = slots, meta["steps"]
@@ -772,8 +775,8 @@ class Trainer:
     def _check_snapshot(self, arrays: Mapping[str, Array], meta: Mapping[str, Any]) -> None:
         if meta.get("checkpoint") != FORMAT:
             raise ValueError(f"it is no checkpoint of format {FORMAT}: a model's weights are read by model.load")
-        if meta["model"] != repr(self.model):
-            raise ValueError(f"it is of another model, {meta['model']}, expected {self.model!r}")
+        if meta["model"] != _described(self.model):
+            raise ValueError(f"it is of another model, {meta['model']}, expected {_described(self.model)}")
         if meta["optimizer"] != type(self.optimizer).__name__:
             raise ValueError(f"it is of the optimiser {meta['optimizer']}, expected {type(self.optimizer).__name__}")
         expected = self.model.parameters
@@ -792,7 +795,8 @@ class Trainer:
                 given, wanted = (array.dtype, array.shape), (expected[name].dtype, expected[name].shape)
                 if given != wanted:
                     raise ValueError(f"its {full} is {given[0]} {given[1]}, expected {wanted[0]} {wanted[1]}")
-        if set(meta["random"]) != set(self.model.generators()):
+        generators = {name: array.shape for name, array in arrays.items() if name.startswith("random/")}
+        if generators != {f"random/{path}": (_RANDOM_WORDS,) for path in self.model.generators()}:
             raise ValueError("its random generators are those of other layers")
 
 
@@ -963,6 +967,30 @@ def _check_npz(path: Any) -> str:
     return name
 
 
+_RANDOM_WORDS = 10
+
+
+def _random_words(random: np.random.Generator) -> Array:
+    """Return a generator's state as floats, which hold 32 bits of it each: files have floats alone."""
+    state: Any = random.bit_generator.state
+    numbers = state["state"]["state"], state["state"]["inc"]
+    words = [number >> 32 * i & 0xFFFFFFFF for number in numbers for i in range(4)]
+    return np.array([*words, state["has_uint32"], state["uinteger"]], float)
+
+
+def _random_state(words: Array) -> dict[str, Any]:
+    """Return the state that `_random_words` was given."""
+    state, inc = (sum(int(word) << 32 * i for i, word in enumerate(words[at : at + 4])) for at in (0, 4))
+    has, left = map(int, words[8:])
+    return {"bit_generator": "PCG64", "state": {"state": state, "inc": inc}, "has_uint32": has, "uinteger": left}
+
+
+def _described(model: Model) -> str:
+    """Return the model's architecture as a text that a file's header can hold."""
+    text = repr(model)
+    return text if len(text) < 4000 else f"{text[:1000]}... (SHA-256 {hashlib.sha256(text.encode()).hexdigest()})"
+
+
 def _pack(state: Any, arrays: Params) -> Any:
     """Put the arrays of a nested state into `arrays` (is modified); return its structure."""
     if isinstance(state, (tuple, list)):
@@ -979,15 +1007,3 @@ def _unpack(structure: Any, arrays: Mapping[str, Array]) -> Any:
     if isinstance(structure, list):
         return tuple(_unpack(part, arrays) for part in structure)
     return None if structure is None else arrays[structure].copy()
-
-
-def start_anew_with_resting_blas() -> None:
-    """Start this program anew with BLAS threads that sleep soon after a product, where nothing says how long they wait.
-
-    NumPy's OpenBLAS keeps them spinning for 20 ms, on the cores that a recurrent layer then works on: a training step
-    of the demonstration's model takes 25 ms so, and 16 ms otherwise (2 cores of an AMD EPYC with Zen 5). It reads the
-    variable once, when NumPy is loaded: call this first of all in a program, not in a library.
-    """
-    if os.name == "posix" and BLAS_WAIT not in os.environ:
-        os.environ[BLAS_WAIT] = "16"
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pickle
 import sys
 
 import numpy as np
@@ -225,6 +226,38 @@ def test_a_long_history_can_be_read_again(tmp_path):
     b = trainer()
     b.load(tmp_path / "a.npz")
     assert b.history == a.history
+
+
+def test_a_model_of_many_layers_can_be_saved(tmp_path):
+    def deep(last=0.1):
+        layers = [layer for i in range(150) for layer in (train.Linear(3, 3, seed=i), train.Dropout(0.1, seed=i))]
+        model = train.Sequential(*layers, train.Dropout(last))
+        return train.Trainer(model, train.MeanSquaredError(), train.Adam())
+
+    a, b, c = deep(), deep(), deep(0.2)
+    x = np.ones((4, 3), np.float32)
+    a.fit(x, x, epochs=1, progress=False, checkpoint=tmp_path / "a.npz")
+    b.load(tmp_path / "a.npz")
+    assert_same(a, b)
+    for one in (a, b):
+        one.fit(x, x, epochs=2, progress=False)
+    assert_same(a, b)
+    with pytest.raises(ValueError, match="it is of another model"):
+        c.load(tmp_path / "a.npz")
+
+
+def test_copies_are_of_their_own():
+    x, y = parity(32)
+    a = trainer()
+    a.fit(x, y, epochs=1, progress=False)
+    for b in (copy.deepcopy(a), pickle.loads(pickle.dumps(a))):
+        before = a.model.state_dict()
+        b.fit(x, y, epochs=2, progress=False)
+        for name, array in before.items():
+            np.testing.assert_array_equal(a.model.parameters[name], array)
+            assert not np.array_equal(b.model.parameters[name], array)
+    a.fit(x, y, epochs=2, progress=False)
+    assert_same(a, b)
 
 
 def test_an_epoch_goes_on_as_it_was_begun(tmp_path):
