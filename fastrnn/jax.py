@@ -18,6 +18,7 @@ There are neither second nor forward-mode derivatives, and no arrays on other de
 an exception.
 """
 
+import atexit
 import ctypes
 import dataclasses
 import functools
@@ -237,6 +238,7 @@ def _native() -> bool:
             raise RuntimeError("XLA's foreign function interface is not of version 0")
         handler = jax.ffi.pycapsule(xla.make_handler(_serve))
         jax.ffi.register_ffi_target("fastrnn", handler, platform="cpu", api_version=1)
+        atexit.register(jax.effects_barrier)  # what is to be printed still, before no call is let in any more
     except Exception as error:
         warnings.warn(f"fastrnn.jax takes jax.pure_callback, which is slower: {error}", stacklevel=2)
         return False

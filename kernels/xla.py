@@ -7,7 +7,10 @@ offsets stand below in bytes, on a machine with 64 bits.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
+import os
+import time
 
 import numpy as np
 from llvmlite import binding, ir
@@ -35,7 +38,8 @@ DONE = -1  # what Python returns; else an error's code
 CODES = {ValueError: 3, MemoryError: 8, NotImplementedError: 12}
 INTERNAL = 13
 TEXT_BYTES = 2048  # of an error's message
-SYMBOL = "fastrnn_xla_serve"
+SERVE, STATE = "fastrnn_xla_serve", "fastrnn_xla_state"  # symbols
+INSIDE, ENDING = 0, 1  # of the state: how many calls are in Python's hands, and whether none may come in any more
 
 
 def _words(text: str) -> np.ndarray:
@@ -44,6 +48,7 @@ def _words(text: str) -> np.ndarray:
 
 UNFIT = _words("fastrnn: XLA's call frame is not that of interface 0.x with one string and arrays")
 SILENT = _words("fastrnn: the pass ended without telling how")
+LATE = _words("fastrnn: Python is ending")
 
 
 @intrinsic
@@ -72,6 +77,29 @@ def _call(typingctx, function, argument):
     def emit(context, builder, sig, args):
         word = ir.IntType(64)
         return builder.call(builder.inttoptr(args[0], ir.FunctionType(word, [word]).as_pointer()), [args[1]])
+
+    return types.int64(types.int64, types.int64), emit
+
+
+@intrinsic
+def _state(typingctx):
+    """Where the state is."""
+
+    def emit(context, builder, sig, args):
+        word, module = ir.IntType(64), builder.module
+        place = module.globals.get(STATE) or ir.GlobalVariable(module, word, STATE)
+        return builder.ptrtoint(place, word)
+
+    return types.int64(), emit
+
+
+@intrinsic
+def _add(typingctx, address, number):
+    """Add to the number at an address, which other threads add to as well."""
+
+    def emit(context, builder, sig, args):
+        place = builder.inttoptr(args[0], ir.IntType(64).as_pointer())
+        return builder.atomic_rmw("add", place, args[1], "seq_cst")
 
     return types.int64(types.int64, types.int64), emit
 
@@ -135,7 +163,7 @@ def _fail(frame, text, code):
     return arguments[1]
 
 
-_serve = types.ExternalFunction(SYMBOL, types.int64(types.int64, types.int64, types.int64))
+_serve = types.ExternalFunction(SERVE, types.int64(types.int64, types.int64, types.int64))
 
 
 def _handle(frame):
@@ -152,10 +180,15 @@ def _handle(frame):
     size = _size(frame)
     if size < 0 or _word(frame + ATTRS + COUNT) != 1 or _int(_word(frame + ATTRS + KINDS)) != STRING:
         return _fail(frame, UNFIT, INTERNAL)
+    _add(_state() + 8 * INSIDE, 1)
+    if _add(_state() + 8 * ENDING, 0):
+        _add(_state() + 8 * INSIDE, -1)
+        return _fail(frame, LATE, INTERNAL)
     memory = np.zeros(TEXT_BYTES // 8 + 3 + size, np.int64)  # an error's text, and the table
     _fill(frame, memory[TEXT_BYTES // 8 :])
     address = memory.ctypes.data
     code = _serve(address + TEXT_BYTES, 3 + size, address)
+    _add(_state() + 8 * INSIDE, -1)
     if code == DONE:
         return 0
     if code == 0:  # what an exception in a function of ctypes gives: to XLA it would be success
@@ -163,13 +196,31 @@ def _handle(frame):
     return _fail(frame, memory, code)
 
 
-_kept = []  # what XLA and the compiled code refer to
+_kept: list = []  # what XLA and the compiled code refer to
 
 
 def make_handler(serve) -> ctypes.c_void_p:
-    """The address of an XLA_FFI_Handler that calls `serve`."""
-    callback = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)(serve)
-    binding.add_symbol(SYMBOL, ctypes.cast(callback, ctypes.c_void_p).value)
+    """The address of an XLA_FFI_Handler that calls `serve`.
+
+    `serve` is given the address and the length of a table of integers: where a string is, and its length; how many
+    arguments there are; and of each argument and result its dtype, by XLA's number, its address, its rank, and as many
+    lengths. It returns DONE, or the code of an error whose text it has written to the address that is its third
+    argument.
+    """
+    word = ctypes.c_int64
+    callback = ctypes.CFUNCTYPE(word, word, word, word)(serve)
+    state = np.zeros(2, np.int64)
+    binding.add_symbol(SERVE, ctypes.cast(callback, ctypes.c_void_p).value)
+    binding.add_symbol(STATE, state.ctypes.data)
     handler = cfunc(types.int64(types.int64), cache=True)(_handle)
-    _kept.extend([callback, handler])
+    _kept.extend([callback, state, handler])
+    atexit.register(_end, state, os.getpid())
     return ctypes.c_void_p(handler.address)
+
+
+def _end(state, process):
+    """Let no call in any more: XLA's threads do not return from a Python that is ending, and XLA waits for them."""
+    if process == os.getpid():  # and not a forked child's
+        state[ENDING] = 1
+        while state[INSIDE]:
+            time.sleep(1e-4)
