@@ -318,8 +318,8 @@ _DISTURBED = (
 )
 
 _STEPS = (
-    "A training step in PyTorch, of Linear, the layer, Linear, loss, gradients and Adam: how many times as long it takes "
-    "with torch.nn's layer, geometric mean over the shapes, and the smallest in brackets."
+    "A training step in PyTorch, of Linear, the layer, Linear, loss, gradients and Adam: how many times as long it "
+    "takes with torch.nn's layer, geometric mean over the shapes, and the smallest in brackets."
 )
 
 
