@@ -83,7 +83,7 @@ class Operator:
     Attributes
     ----------
     W, R, B, P, name, op_type, direction, clip, input_forget, layout, linear_before_reset, initial, inputs, outputs
-        As given.
+        As given. The first call reads the weights: do not change them after it.
     activations : tuple of tuple
         For each direction its activations, each with name, alpha and beta.
     input_size, hidden_size : int
@@ -155,6 +155,8 @@ class Operator:
         if H < 1 or self.R.shape[1] != G * H:
             raise ValueError(f"R has shape {self.R.shape}, expected (D, G * H, H) with G = {G}, H of 1 or more")
         self.W = functional.check_array("W", np.asarray(W), (dtype,), (D, G * H, None), "(D, G * H, I)")
+        if not self.W.shape[2]:
+            raise ValueError(f"W has shape {self.W.shape}, expected (D, G * H, I) with I of 1 or more")
         wanted = (D, 2 * G * H), "(D, 2 * G * H)"
         self.B = None if B is None else functional.check_array("B", np.asarray(B), (dtype,), *wanted)
         if P is not None and self.op_type != "LSTM":
@@ -213,7 +215,10 @@ class Operator:
     def __call__(
         self, X: Array, sequence_lens: Any = None, initial_h: Array | None = None, initial_c: Array | None = None
     ) -> tuple[Array, ...]:
-        """Compute the node's outputs, with what is defined nowhere as ONNX Runtime has it.
+        """Compute the node's outputs.
+
+        Where ONNX leaves something open, it is as in ONNX Runtime: clip acts on the sums that go into the gates, and
+        not on c; a row of no steps has no state.
 
         Parameters
         ----------

@@ -95,7 +95,7 @@ def forward(direction, x, state, *, lengths=None, reverse=False):
     """
     T, B, I = x.shape
     step, H = _STEPS[direction.op_type], state[0].shape[1]
-    sums = (x.reshape(T * B, I) @ direction.W.T + direction.Wb).reshape(T, B, -1)
+    sums = (x.reshape(T * B, I) @ direction.W.T + direction.Wb).reshape(T, B, len(direction.W))
     output = np.empty((T, B, H), x.dtype)
     for t in range(T - 1, -1, -1) if reverse else range(T):
         new = step(direction, sums[t], *state)

@@ -277,6 +277,18 @@ def test_nothing_given_is_written_and_results_are_new():
         np.testing.assert_array_equal(again(**calls(arrays))[0], first[0])
 
 
+@pytest.mark.parametrize("clip", [None, 1.0])
+@pytest.mark.parametrize(("T", "B"), [(0, 2), (3, 0), (0, 0)])
+def test_nothing_at_all_is_input_too(clip, T, B):
+    operator = Operator("LSTM", W, R, clip=clip, direction="reverse")
+    state = np.full((1, B, 2), 0.5, np.float32)
+    Y, Y_h, Y_c = operator(np.zeros((T, B, 3), np.float32), None, state, state)
+    assert Y.shape == (T, 1, B, 2)
+    if T == 0:
+        np.testing.assert_array_equal([Y_h, Y_c], [state, state])
+    assert Y_h.shape == Y_c.shape == (1, B, 2)
+
+
 # ---- as a layer
 
 
@@ -591,6 +603,7 @@ def node_of(op_type="RNN", **attributes):
         ("linear_before_reset is 1, and RNN does not have it: GRU does", node_of(linear_before_reset=1)),
         ("W has shape (1, 2, 3), expected (D, G * H, I) = (1, 4, any)", lambda: Operator("RNN", OPERATOR["W"], R4)),
         ("R has shape (1, 2, 2), expected (D, G * H, H) with G = 4", node_of("LSTM")),
+        ("W has shape (1, 8, 0), expected (D, G * H, I) with I of 1", lambda: Operator("LSTM", W[..., :0], R)),
         ("op_type is 'MGU', expected 'RNN', 'LSTM' or 'GRU'", lambda: Operator("MGU", W, R)),
         ("P is given, and GRU has no peepholes", lambda: Operator("GRU", *GRU, P=np.ones((1, 6)))),
         ("initial_c is given, and RNN has no c, expected None", lambda: small()(X, initial_c=X)),
