@@ -22,6 +22,7 @@ from typing import Any, TextIO
 import numpy as np
 
 import fastrnn
+from fastrnn.losses import CrossEntropy
 
 #: Modules whose sources every Python installation has; one that is missing is left out.
 MODULES = """
@@ -99,17 +100,9 @@ def windows(ids: np.ndarray, batch: int = BATCH, steps: int = WINDOW) -> Pairs:
 
 
 def cross_entropy(logits: np.ndarray, targets: np.ndarray) -> tuple[float, np.ndarray]:
-    """Mean cross-entropy in nats of rows of `logits` (N,V), and its gradient; `logits` is modified."""
-    rows = np.arange(len(targets))
-    logits -= logits.max(axis=1, keepdims=True)
-    chosen = logits[rows, targets]
-    probabilities = np.exp(logits, out=logits)
-    total = probabilities.sum(axis=1, keepdims=True)
-    loss = float(np.mean(np.log(total[:, 0]) - chosen))
-    probabilities /= total
-    probabilities[rows, targets] -= 1
-    probabilities /= len(targets)
-    return loss, probabilities
+    """Mean cross-entropy in nats of rows of `logits` (N,V), and its gradient."""
+    loss = CrossEntropy()(logits, targets)
+    return loss.value, loss.gradient
 
 
 class CharacterModel:
