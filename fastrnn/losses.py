@@ -618,8 +618,8 @@ def precision(targets: Any, predictions: Any, average: str | None = "binary", po
 
     Examples
     --------
-    >>> precision([0, 1, 1, 1], [1, 1, 0, 1]).round(4)
-    np.float64(0.6667)
+    >>> round(precision([0, 1, 1, 1], [1, 1, 0, 1]), 4)
+    0.6667
     """
     return _rates(targets, predictions, average, positive)[0]
 
@@ -630,7 +630,7 @@ def recall(targets: Any, predictions: Any, average: str | None = "binary", posit
     Examples
     --------
     >>> recall([0, 1, 1, 1, 1], [1, 1, 0, 1, 1])
-    np.float64(0.75)
+    0.75
     """
     return _rates(targets, predictions, average, positive)[1]
 
@@ -641,31 +641,28 @@ def f1(targets: Any, predictions: Any, average: str | None = "binary", positive:
     Examples
     --------
     >>> f1([0, 1, 1, 1], [1, 1, 0, 0])
-    np.float64(0.4)
+    0.4
     """
     return _rates(targets, predictions, average, positive)[2]
 
 
-def _rates(targets: Any, predictions: Any, average: str | None, positive: int) -> tuple[Any, Any, Any]:
+def _rates(targets: Any, predictions: Any, average: str | None, positive: int) -> tuple[Any, ...]:
     """Return precision, recall and F1."""
     targets, predictions = _pair(targets, predictions)
     if average not in ("binary", "macro", "micro", None):
         raise ValueError(f"average is {average!r}, expected 'binary', 'macro', 'micro' or None")
     labels = np.array([positive]) if average == "binary" else np.union1d(targets, predictions)
-    is_label, is_predicted = (array.reshape(-1, 1) == labels for array in (targets, predictions))
-    right, predicted, there = (
-        (a & b).sum(axis=0) for a, b in ((is_label, is_predicted), (is_predicted,) * 2, (is_label,) * 2)
-    )
+    there, predicted = (array.reshape(-1, 1) == labels for array in (targets, predictions))
+    counts = [both.sum(axis=0) for both in (there & predicted, predicted, there)]
     if average == "micro":
-        right, predicted, there = right.sum(), predicted.sum(), there.sum()
+        counts = [count.sum(keepdims=True) for count in counts]
+    right, predicted, there = counts
     rates = (
         right / np.maximum(predicted, 1),
         right / np.maximum(there, 1),
         2 * right / np.maximum(predicted + there, 1),
     )
-    if average == "macro":
-        return tuple(rate.mean() for rate in rates)
-    return tuple(rate[0] for rate in rates) if average == "binary" else rates
+    return rates if average is None else (*(float(rate.mean()) for rate in rates),)
 
 
 def mean_squared_error(targets: Any, predictions: Any) -> float:

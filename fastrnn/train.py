@@ -341,7 +341,7 @@ class Trainer:
         One for each epoch: "loss", "learning_rate", "gradient_norm" (the mean, before clipping), "seconds" and, with
         validation data, "val_loss" and "val_" + each metric.
     best : dict or None
-        "epoch", "value" and "weights" of the epoch with the smallest loss, of validation where there is one.
+        "epoch", "weights", "monitor" and its "value": of the epoch that was the best by what `fit` monitored.
 
     Examples
     --------
@@ -472,8 +472,10 @@ class Trainer:
             start, good = time.perf_counter(), self._snapshot(copy=True)
             try:
                 self._run_epoch(data, plan, show, save)
-            except Exception:
-                self._restore(*good)
+            except BaseException as error:
+                show.close()
+                if isinstance(error, Exception):  # else an interrupt: what was learned stays
+                    self._restore(*good)
                 raise
             self._end_epoch(held_out, plan, time.perf_counter() - start)
             watch.look(self)
@@ -653,6 +655,8 @@ class Trainer:
             monitor = known[0]
         if monitor not in known:
             raise ValueError(f"monitor is {monitor!r}, expected one of {', '.join(map(repr, known))}")
+        if self.best is not None and self.best["monitor"] != monitor:
+            self.best = None
         return _Watch(monitor, functional.check_flag("maximize", maximize), patience)
 
     # -- files
@@ -739,7 +743,7 @@ class Trainer:
             "sums": self._sums,
             "plan": self._plan,
             "state": _pack(self._state, arrays),
-            "best": self.best and {"epoch": self.best["epoch"], "value": self.best["value"]},
+            "best": self.best and {key: value for key, value in self.best.items() if key != "weights"},
         }
         return ({name: array.copy() for name, array in arrays.items()} if copy else arrays), json.loads(
             json.dumps(meta)
@@ -890,7 +894,7 @@ class _Watch:
         best = math.inf if trainer.best is None else trainer.best["value"] * (-1 if self.maximize else 1)
         if (-value if self.maximize else value) < best:
             kept = {name: array.copy() for name, array in trainer.model.parameters.items()}
-            trainer.best = {"epoch": trainer.epoch, "value": value, "weights": kept}
+            trainer.best = {"epoch": trainer.epoch, "monitor": self.monitor, "value": value, "weights": kept}
 
     def over(self, trainer: Trainer) -> bool:
         """Whether it has taken too long."""
@@ -949,11 +953,15 @@ class _Progress:
         if trainer._sums[1]:
             self._bar.set_postfix(loss=f"{trainer._sums[0] / trainer._sums[1]:.4f}", refresh=False)
 
-    def line(self, trainer: Trainer) -> None:
-        """Write what the epoch came to."""
+    def close(self) -> None:
+        """Take the bar away."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+    def line(self, trainer: Trainer) -> None:
+        """Write what the epoch came to."""
+        self.close()
         if self.wanted:
             shown = "  ".join(f"{name} {value:.4g}" for name, value in trainer.history[-1].items())
             print(f"epoch {trainer.epoch}/{self.epochs}  {shown}", flush=True)
