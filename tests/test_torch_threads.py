@@ -125,6 +125,7 @@ def test_a_part_that_splits_its_work_again(borrowed):
 
     threads.run(part, 2)
     assert sorted(done) == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert borrowed.begun == 1
 
 
 def test_a_team_of_fewer_than_parts(borrowed, monkeypatch):
@@ -265,7 +266,7 @@ def test_a_forked_child(borrowed):
     if child == 0:
         status = 1
         try:
-            signal.alarm(60)
+            signal.alarm(30)
             with torch.no_grad():
                 found = [x.detach().numpy().tobytes(), layer(x)[0].numpy().tobytes()]
             status = 0 if found == expected and fastrnn.get_num_threads() == 2 and len(threads._pool.own.helpers) else 2
