@@ -1182,6 +1182,7 @@ def replace_(model: torch.nn.Module, filter: Filter | None = None) -> list[str]:
     """Put these layers in the place of each torch.nn.RNN, LSTM and GRU in a model, which is modified.
 
     Parameters, hooks and whether they train stay the same objects and flags, and so an optimizer goes on as it was.
+    Cells are left as they are: where they are small, training takes longer with ours.
 
     Parameters
     ----------

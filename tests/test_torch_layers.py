@@ -272,12 +272,41 @@ def test_attributes_and_repr_are_torchs(kind, own, options):
     assert layer.flatten_parameters() is None
 
 
+@pytest.mark.filterwarnings("ignore")  # of the compiler's own
 def test_autocast_computes_in_the_parameters_dtype():
-    layer, x = ours.LSTM(I, H), torch.randn(T, B, I)
+    torch._dynamo.reset()
+    layer, x = ours.LSTM(I, H, 2), torch.randn(T, B, I)
+    hx = torch.zeros(2, B, H).bfloat16(), torch.zeros(2, B, H)
+    narrow = x.bfloat16().requires_grad_()
+    exact = narrow.detach().float().requires_grad_()
+    inputs = list(layer.parameters())
+    expected = layer(exact)[0]
+    d_exact, *gradients = torch.autograd.grad(expected.pow(2).sum(), [exact, *inputs])
+    for run in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
+        with torch.autocast("cpu", torch.bfloat16):
+            output, (h, c) = run(narrow, hx)
+        assert output.dtype == h.dtype == c.dtype == torch.float32
+        assert torch.equal(output, expected)
+        d_narrow, *found = torch.autograd.grad(output.pow(2).sum(), [narrow, *inputs])
+        assert d_narrow.dtype == torch.bfloat16
+        assert torch.equal(d_narrow, d_exact.bfloat16())
+        assert all(torch.equal(one, other) for one, other in zip(found, gradients, strict=True))
+    with torch.autocast("cpu", torch.bfloat16):  # as a part of a model: what comes next chooses for itself
+        assert torch.nn.Linear(H, 2)(layer(x)[0]).dtype == torch.bfloat16
+        assert layer.double()(x.double())[0].dtype == torch.float64
+
+
+def test_autocast_of_the_operators():
+    layer, x = ours.GRU(I, H), torch.randn(T, B, I)
+    params, forward = [p.detach() for p in layer.parameters()], torch.ops.fastrnn.forward.default
     with torch.autocast("cpu", torch.bfloat16):
-        output, (h, _) = layer(x.bfloat16(), (torch.zeros(1, B, H).bfloat16(), torch.zeros(1, B, H)))
-    assert output.dtype == h.dtype == torch.float32
-    torch.testing.assert_close(output, layer(x)[0], rtol=0.05, atol=0.05)
+        for dtype, computed in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
+            cast = [tensor.to(dtype) for tensor in (x, *params)]
+            output, *_ = forward(cast[0], None, None, cast[1:], [], None, None, "gru", 4, 1, False)
+            assert output.dtype == computed
+            own = ours.GRU(I, H, dtype=computed)
+            own.load_state_dict(dict(zip(layer.state_dict(), cast[1:], strict=True)))
+            assert torch.equal(output, own(cast[0].to(computed))[0])
 
 
 # ---- exceptions
