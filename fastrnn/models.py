@@ -656,7 +656,10 @@ class Sequential(Model):
             raise TypeError(f"x is a {type(x).__name__}, expected one array")
         name, layer = next(iter(self.layers.items()))
         with _naming(name, layer):
-            _check_x(layer, x) if isinstance(layer, Recurrent) else layer.check(x)
+            if isinstance(layer, Recurrent):
+                _check_x(layer, x)
+            else:
+                layer.check(x)
 
     def __call__(
         self, x: Array, state: Any = None, *, lengths: Any = None, reset: Any = None
@@ -1075,6 +1078,8 @@ def generate(
     >>> generate(model, [1, 2, 3], 5, temperature=0.8, top_k=10, seed=0).shape
     (5,)
     """
+    if not hasattr(model, "step"):
+        raise TypeError(f"model is a {type(model).__name__}, expected a Sequential: an EncoderDecoder has decode")
     prompt = np.asarray(prompt)
     if prompt.dtype.kind not in "iu" or prompt.ndim not in (1, 2) or not prompt.size:
         raise ValueError(f"prompt is {prompt.dtype} {prompt.shape}, expected integers (P,) or (B, P), at least one")

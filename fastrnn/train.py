@@ -375,6 +375,8 @@ class Trainer:
         self.clip_norm = None if clip_norm is None else check_number("clip_norm", clip_norm, 0.0, above=True)
         self.clip_value = None if clip_value is None else check_number("clip_value", clip_value, 0.0, above=True)
         self.metrics = dict(metrics or {})
+        if "loss" in self.metrics:
+            raise ValueError("metrics has a 'loss', which is the name of the loss itself: expected another name")
         self.seed = functional.check_integer("seed", seed, 0)
         self.epoch = 0
         self.history: History = []
@@ -729,8 +731,10 @@ class Trainer:
         if self.best is not None:
             arrays |= {f"best/{name}": array for name, array in self.best["weights"].items()}
         arrays |= {f"random/{path}": _random_words(random) for path, random in self.model.generators().items()}
-        for key in {key for entry in self.history for key in entry}:
-            arrays[f"history/{key}"] = np.array([entry.get(key, math.nan) for entry in self.history])
+        for key in dict.fromkeys(key for entry in self.history for key in entry):
+            arrays[f"history/{key}"] = np.array(
+                [(i, entry[key]) for i, entry in enumerate(self.history) if key in entry]
+            )
         meta = {
             "checkpoint": FORMAT,
             "model": _described(self.model),
@@ -761,10 +765,10 @@ class Trainer:
                 slots[slot][name] = array.copy()
             elif group in groups:
                 groups[group][name] = array.copy()
-        history = [
-            {key: float(column[i]) for key, column in groups["history"].items() if not math.isnan(column[i])}
-            for i in range(meta["epoch"])
-        ]
+        history: History = [{} for _ in range(meta["epoch"])]
+        for key, entries in groups["history"].items():
+            for i, value in entries:
+                history[int(i)][key] = float(value)
         state = _unpack(meta["state"], arrays)
         best = meta["best"] and {**meta["best"], "weights": groups["best"]}
         states = {path: _random_state(words) for path, words in groups["random"].items()}

@@ -220,7 +220,8 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(tmp_path, monkey
 def test_a_long_history_can_be_read_again(tmp_path):
     a = trainer()
     a.fit(*parity(16), epochs=1, progress=False)
-    a.history *= 5000
+    a.history = [dict(entry) for entry in a.history * 5000]
+    a.history[3]["val_loss"] = np.inf  # an entry that the others have not
     a.epoch = 5000
     a.save(tmp_path / "a.npz")
     b = trainer()
@@ -576,6 +577,8 @@ def test_bad_input_to_trainer():
     ):
         with pytest.raises(TypeError, match=message):
             train.Trainer(*arguments, **options)
+    with pytest.raises(ValueError, match="metrics has a 'loss'"):
+        train.Trainer(model, train.CrossEntropy(), train.Adam(), metrics={"loss": train.accuracy})
     with pytest.raises(ValueError, match="lengths has shape"):
         trainer().predict(X, lengths=[6])
     with pytest.raises(ValueError, match="there are no examples"):

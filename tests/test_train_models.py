@@ -366,6 +366,7 @@ BAD = [
     (lambda: train.generate(train.Sequential(GRU), [], 3), ValueError, r"prompt is float64 \(0,\), expected integers"),
     (lambda: train.generate(train.Sequential(GRU), [1], 3, temperature=-1), ValueError, "temperature is -1"),
     (lambda: train.generate(train.Sequential(GRU), [1], 3, top_k=0), ValueError, "top_k is 0"),
+    (lambda: train.generate(pair(fastrnn.GRU(4, 5), GRU), [1], 3), TypeError, "an EncoderDecoder has decode"),
     (lambda: train.gradient_norms(train.Linear(4, 3), X), TypeError, "layer is a Linear, expected an RNN"),
     (lambda: train.gradient_norms(fastrnn.GRU(4, 5, bidirectional=True), X), ValueError, "layer is bidirectional"),
     (lambda: train.gradient_norms(GRU, X), ValueError, "d_output and d_state are both None"),
