@@ -9,8 +9,8 @@
 torch.Size([64, 16])
 
 `replace_` puts them into a model that is there already. They compute in float32 and float64, on the CPU on PyTorch's
-threads (Linux; elsewhere on their own) and on as many as ``torch.get_num_threads()`` says, unless FASTRNN_NUM_THREADS or
-`fastrnn.set_num_threads` say another number; tensors on an NVIDIA GPU take the backend "cuda".
+threads (Linux; elsewhere on their own), as many as ``torch.get_num_threads()`` says unless FASTRNN_NUM_THREADS or
+`fastrnn.set_num_threads` says another number; tensors on an NVIDIA GPU take the backend "cuda".
 
 Second and forward-mode derivatives (``create_graph=True``, dual tensors, jvp, jacfwd, hessian) come out of a loop over
 time in PyTorch's operations, and take as long as such loops do. torch.func's vmap and grad call the kernels: once if x,
