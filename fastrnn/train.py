@@ -29,6 +29,7 @@ long sequences         ``fit(..., truncate=100)``: backpropagation is truncated 
                        ``fit(..., stateful=True)``: the state goes on from batch to batch, see `streams`
 fine-tuning            ``model.load(path, strict=False)``, ``model.freeze("embedding")``, then train the rest
 a loop of one's own    ``model.forward``, a loss, ``model.backward``, `clip_by_norm`, ``optimizer.step``
+a model of one's own   a subclass of `Model`, with ``__call__``, ``forward`` and ``backward``
 =====================  ================================================================================================
 
 `Linear` multiplies by NumPy's BLAS, whose threads spin after each product on the cores that the recurrent layers need:
@@ -61,6 +62,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastrnn import functional, weights
+from fastrnn.layers import Gradients
 from fastrnn.losses import (
     CTC,
     BinaryCrossEntropy,
@@ -128,6 +130,7 @@ __all__ = [
     "Dropout",
     "Embedding",
     "EncoderDecoder",
+    "Gradients",
     "Last",
     "Linear",
     "Loss",

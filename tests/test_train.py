@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import subprocess
 import sys
 
 import numpy as np
@@ -69,6 +70,12 @@ def test_learns_and_tells(capsys):
     np.testing.assert_array_equal(
         a.predict(x[96:]).argmax(axis=-1) == y[96:], a.predict(x[96:], batch_size=5).argmax(-1) == y[96:]
     )
+
+
+def test_import_compiles_nothing_and_needs_numpy_alone():
+    program = "import sys, fastrnn.train; print({'numba', 'torch', 'tqdm', 'sklearn', 'scipy'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
 
 
 def test_same_seed_same_training():

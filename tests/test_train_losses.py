@@ -126,6 +126,19 @@ def test_ctc_by_counting_paths(blank):
         assert found.value * max(len(labels), 1) == pytest.approx(-math.log(probability), rel=1e-12)
 
 
+def test_rows_without_steps():
+    from fastrnn.kernels import train as kernels
+
+    losses, gradient = np.full(3, np.nan), np.full((2, 3, 2), np.nan)
+    labels, zero = np.array([[1], [1], [1]]), np.zeros(3, np.int64)
+    kernels.ctc(np.log(np.full((2, 3, 2), 0.5)), labels, zero, np.array([0, 1, 0]), 0, losses, gradient)
+    np.testing.assert_array_equal(losses, [0, np.inf, 0])
+    assert not gradient.any()
+    value, gradient, _ = train.CTC(zero_infinity=True)(numbers(3, 2, 2), [[1], [1], [-1]], lengths=[0, 0, 0])
+    assert value == 0
+    assert not gradient.any()
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_decoding_by_counting_paths(seed):
     logits = numbers(5, 3, seed=seed)

@@ -179,6 +179,34 @@ def test_encoder_and_decoder(kind, bidirectional):
     check_gradients(model, x, lengths=(LENGTHS, None))
 
 
+class Residual(train.Model):
+    """A layer's output added to its input: a model as a user writes it."""
+
+    def __call__(self, x, state=None, *, lengths=None, reset=None):
+        y, state = self.layers["inner"](x, state, lengths=lengths, reset=reset)
+        return x + y, state
+
+    def forward(self, x, state=None, *, lengths=None, reset=None):
+        y, state, tape = self.layers["inner"].forward(x, state, lengths=lengths, reset=reset)
+        return x + y, state, tape
+
+    def backward(self, tape, d_output=None, d_state=None):
+        found = self.layers["inner"].backward(tape, d_output, d_state)
+        params = {f"inner.{name}": array for name, array in found.params.items()}
+        return train.Gradients(found.x + d_output, found.state, params)
+
+
+def test_a_model_of_ones_own():
+    inner = train.Sequential(fastrnn.GRU(3, 3, **F64))
+    model = train.Sequential(body=Residual({"inner": inner}), output=train.Linear(3, 2, **F64))
+    check_gradients(model, numbers(4, 5, 3), lengths=LENGTHS)
+    trainer = train.Trainer(model, train.MeanSquaredError(), train.Adam(0.01))
+    trainer.fit(numbers(20, 5, 3), numbers(20, 5, 2), epochs=2, progress=False)
+    alone = train.Trainer(Residual({"inner": inner}), train.MeanSquaredError(), train.Adam(0.01))
+    history = alone.fit(numbers(20, 5, 3), numbers(20, 5, 3, seed=1), epochs=5, progress=False)
+    assert history[-1]["loss"] < history[0]["loss"]
+
+
 def test_decode_reads_its_own_labels():
     encoder = train.Sequential(train.Embedding(7, 3, seed=1), fastrnn.GRU(3, 8, seed=2))
     decoder = train.Sequential(train.Embedding(5, 3, seed=3), fastrnn.GRU(3, 8, seed=4), train.Linear(8, 5, seed=5))
