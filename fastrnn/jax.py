@@ -208,8 +208,8 @@ def _read(call: Call, count: int, table: list[int]) -> tuple[list[Any], list[Any
     return [row and _array(row[0], row[1], row[3:]) for row in rows], prepared
 
 
-def _serve(address: int, count: int, text: int) -> int:
-    """Run a pass for XLA, whose table is at `address`; return DONE, or an error's code, and write its text."""
+def _serve(address: int, count: int, to: int) -> None:
+    """Run a pass for XLA, whose table is at `address`, and write to `to` how it went."""
     try:
         if not hasattr(_thread, "known"):
             # Python forgets a thread of XLA's at the end of each call, and making its acquaintance takes ten times as
@@ -221,11 +221,10 @@ def _serve(address: int, count: int, text: int) -> int:
         arrays, prepared = _read(call, number, table)
         for result, into in zip(_compute(call, arrays, prepared), arrays[number:], strict=True):
             into[...] = result if result.shape == into.shape else result.reshape(into.shape)
-        return xla.DONE
+        xla.answer(to, xla.DONE)
     except BaseException as error:
-        message = f"fastrnn: {type(error).__name__}: {error}".encode(errors="replace")[: xla.TEXT_BYTES - 1] + b"\0"
-        ctypes.memmove(text, message, len(message))
-        return next((code for kind, code in xla.CODES.items() if isinstance(error, kind)), xla.INTERNAL)
+        code = next((code for kind, code in xla.CODES.items() if isinstance(error, kind)), xla.INTERNAL)
+        xla.answer(to, code, f"fastrnn: {type(error).__name__}: {error}")
 
 
 @functools.cache

@@ -34,7 +34,7 @@ EXTENSION_KIND, METADATA_KIND, METADATA, VERSION = 8, 1, 24, 24
 # XLA_FFI_Error_Create_Args
 ERROR_BYTES, ERROR_TEXT, ERROR_CODE = 28, 16, 24
 
-DONE = -1  # what Python returns; else an error's code
+DONE = -1  # Python's answer; else an error's code
 CODES = {ValueError: 3, MemoryError: 8, NotImplementedError: 12}
 INTERNAL = 13
 TEXT_BYTES = 2048  # of an error's message
@@ -115,11 +115,15 @@ def _int(address):
 
 
 @njit
-def _fits(frame):
-    """Whether the structs are what is read here."""
+def _knows(frame):
+    """Whether it is a frame of an interface of this major version."""
     api = _word(frame + API)
-    if _word(frame) < FRAME_BYTES or _word(api) < API_BYTES or _int(api + MAJOR) != 0:
-        return False
+    return _word(frame) >= FRAME_BYTES and api != 0 and _word(api) >= API_BYTES and _int(api + MAJOR) == 0
+
+
+@njit
+def _fits(frame):
+    """Whether the structs in it are what is read here."""
     lists = min(_word(frame + ARGS), _word(frame + RETS))
     return lists >= LIST_BYTES and _word(frame + ATTRS) >= ATTRS_BYTES
 
@@ -163,17 +167,18 @@ def _fail(frame, text, code):
     return arguments[1]
 
 
-_serve = types.ExternalFunction(SERVE, types.int64(types.int64, types.int64, types.int64))
+_serve = types.ExternalFunction(SERVE, types.void(types.int64, types.int64, types.int64))
 
 
 def _handle(frame):
     extension = _word(frame + EXTENSION)
     if extension != 0 and _int(extension + EXTENSION_KIND) == METADATA_KIND:
-        # Made for the version that is there, if that fits; else for one that XLA refuses.
-        version = _word(_word(frame + API) + MAJOR) if _fits(frame) else -1
+        # Made for the version that is there, if it is one of these; else for one that XLA refuses. Old ones ask
+        # without saying which they are.
+        version = 0 if _word(frame + API) == 0 else _word(_word(frame + API) + MAJOR) if _knows(frame) else -1
         _store(_word(extension + METADATA) + VERSION, version)
         return 0
-    if not _fits(frame):
+    if not (_knows(frame) and _fits(frame)):
         return _fail(frame, UNFIT, INTERNAL)
     if _int(frame + STAGE) != EXECUTE:
         return 0
@@ -184,16 +189,17 @@ def _handle(frame):
     if _add(_state() + 8 * ENDING, 0):
         _add(_state() + 8 * INSIDE, -1)
         return _fail(frame, LATE, INTERNAL)
-    memory = np.zeros(TEXT_BYTES // 8 + 3 + size, np.int64)  # an error's text, and the table
-    _fill(frame, memory[TEXT_BYTES // 8 :])
-    address = memory.ctypes.data
-    code = _serve(address + TEXT_BYTES, 3 + size, address)
+    memory = np.zeros(1 + TEXT_BYTES // 8 + 3 + size, np.int64)  # the answer, an error's text, and the table
+    text, table = memory[1 : 1 + TEXT_BYTES // 8], memory[1 + TEXT_BYTES // 8 :]
+    _fill(frame, table)
+    _serve(table.ctypes.data, len(table), memory.ctypes.data)
     _add(_state() + 8 * INSIDE, -1)
+    code = memory[0]
     if code == DONE:
         return 0
-    if code == 0:  # what an exception in a function of ctypes gives: to XLA it would be success
+    if code == 0:  # there was an exception that nothing caught
         return _fail(frame, SILENT, INTERNAL)
-    return _fail(frame, memory, code)
+    return _fail(frame, text, code)
 
 
 _kept: list = []  # what XLA and the compiled code refer to
@@ -204,11 +210,10 @@ def make_handler(serve) -> ctypes.c_void_p:
 
     `serve` is given the address and the length of a table of integers: where a string is, and its length; how many
     arguments there are; and of each argument and result its dtype, by XLA's number, its address, its rank, and as many
-    lengths. It returns DONE, or the code of an error whose text it has written to the address that is its third
-    argument.
+    lengths. Its third argument is where it calls :func:`answer`: what it returns would be anything after an exception.
     """
     word = ctypes.c_int64
-    callback = ctypes.CFUNCTYPE(word, word, word, word)(serve)
+    callback = ctypes.CFUNCTYPE(None, word, word, word)(serve)
     state = np.zeros(2, np.int64)
     binding.add_symbol(SERVE, ctypes.cast(callback, ctypes.c_void_p).value)
     binding.add_symbol(STATE, state.ctypes.data)
@@ -216,6 +221,14 @@ def make_handler(serve) -> ctypes.c_void_p:
     _kept.extend([callback, state, handler])
     atexit.register(_end, state, os.getpid())
     return ctypes.c_void_p(handler.address)
+
+
+def answer(address, code, text=""):
+    """Tell the handler how the call went: DONE, or an error's code and text."""
+    if text:
+        data = text.encode(errors="replace")[: TEXT_BYTES - 1] + b"\0"
+        ctypes.memmove(address + 8, data, len(data))
+    ctypes.c_int64.from_address(address).value = code
 
 
 def _end(state, process):
