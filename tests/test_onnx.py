@@ -197,6 +197,20 @@ def test_problems_are_of_every_kind():
         assert sum(name in names for _, _, names in seen) > 8
 
 
+@pytest.mark.parametrize("direction", ["forward", "reverse", "bidirectional"])
+@pytest.mark.parametrize("name", ["clip", "input_forget", "activations", "P"])
+def test_each_option_by_itself(ort, name, direction):
+    D = 1 + (direction == "bidirectional")
+    value = {"clip": 0.3, "input_forget": 1, "activations": ["HardSigmoid", "Softsign", "Elu"] * D}.get(name)
+    arrays = lstm_arrays(D=D) | ({"P": uniform(np.random.default_rng(1), D, 18)} if name == "P" else {})
+    attributes = {"direction": direction} | ({} if name == "P" else {name: value})
+    model = make_model("LSTM", attributes, arrays, inputs=calls(arrays))
+    theirs = run_ort(ort, model, calls(arrays))
+    assert_alike(load(model)["node"](**calls(arrays)), theirs)
+    plain = Operator("LSTM", arrays["W"], arrays["R"], arrays["B"], direction=direction)
+    assert np.abs(plain(**calls(arrays))[0] - theirs[0]).max() > 1e-3
+
+
 def general(operator):
     """Return the same operator, with the general path for both directions."""
     other = pickle.loads(pickle.dumps(operator))
@@ -459,6 +473,29 @@ def test_nodes_in_branches_with_computed_weights(ort):
         assert_alike(operators[name](x, initial_h=h, initial_c=c)[:2], theirs)
         assert_alike(Backend.prepare(branches()).run(feeds), theirs)  # the whole model
     assert list(load(branches(), names=["else_y"])) == ["else_y"]
+
+
+def test_weights_out_of_a_branch():
+    model = text_model(
+        f"""{HEAD} g (float[2, B, 3] x) => (float[2, 1, B, 4] y)
+        {{
+            yes = Constant <value = bool {{1}}> ()
+            axis = Constant <value = int64[1] {{0}}> ()
+            w = If (yes) <
+                then_branch = then_graph () => (float[1, 12, 3] one) {{
+                    same = Identity (rows)
+                    one = Unsqueeze (same, axis)
+                }},
+                else_branch = else_graph () => (float[1, 12, 3] none) {{ none = Unsqueeze (other, axis) }}
+            >
+            y = GRU <hidden_size = 4> (x, w, r)
+        }}""",
+        rows=SOURCE[:, :12].T.copy(),
+        other=SOURCE[:, 4:].T.copy(),
+        r=RECURRENT[None, :12],
+    )
+    (operator,) = load(model).values()
+    np.testing.assert_array_equal(operator.W[0], SOURCE[:, :12].T)
 
 
 def test_nodes_in_loops_and_functions(ort):
