@@ -492,7 +492,7 @@ def _run(part, crews):
         barrier.renew(sync)
         in_time = threads.share(lambda p, parts: part(crews[p]._replace(parts=parts), p), len(crews))
         if sync[barrier.MODE] != barrier.OPEN:  # else nobody was asked: the pool is taken or resting
-            threads.shared(in_time and not barrier.failed(sync))
+            threads.shared(not barrier.failed(sync) and in_time)
 
 
 def _flops(cell, size, rows) -> float:

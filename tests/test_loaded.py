@@ -23,7 +23,8 @@ pytestmark = pytest.mark.skipif(threads.cores() < 2, reason="there is one core: 
 
 
 @pytest.fixture(autouse=True)
-def same_threads():
+def same_threads(monkeypatch):
+    monkeypatch.setattr(threads, "_borrowed", None)  # PyTorch's are waited for
     before = fastrnn.get_num_threads()
     yield
     fastrnn.set_num_threads(before)

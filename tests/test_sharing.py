@@ -15,6 +15,12 @@ from fastrnn.kernels.simd import borrowed
 from fastrnn.testing import problem
 
 
+@pytest.fixture(autouse=True)
+def own_threads(monkeypatch):
+    """And not PyTorch's, where another test has imported fastrnn.torch: tests/test_torch_threads.py is about those."""
+    monkeypatch.setattr(threads, "_borrowed", None)
+
+
 @pytest.fixture
 def shared(monkeypatch):
     """Every pass is shared by as many threads as there are; the fixture counts how each sharing ended."""
