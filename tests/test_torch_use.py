@@ -1,6 +1,7 @@
 """What a program does with the modules of fastrnn.torch: compile, copy, save, checkpoint, tie, replace."""
 
 import copy
+import functools
 import importlib
 import io
 import pickle
@@ -51,6 +52,9 @@ def assert_same(actual, expected):
 
 # ---- operators and compilation
 
+OPCHECKS = [f"test_{name}" for name in "schema autograd_registration faketensor aot_dispatch_static".split()]
+OPCHECKS.append("test_aot_dispatch_dynamic")
+
 
 @each_kind
 @pytest.mark.filterwarnings("ignore")
@@ -62,14 +66,15 @@ def test_opcheck(kind, cell, own):
     c = c if kind == "LSTM" else None
     masks, each = [random(T, B, 2 * W)], len(params) // K
     forward, backward = torch.ops.fastrnn.forward.default, torch.ops.fastrnn.backward.default
-    torch.library.opcheck(forward, (x, h, c, params, masks, None, None, cell, each, 2, True))
+    check = functools.partial(torch.library.opcheck, test_utils=OPCHECKS)
+    check(forward, (x, h, c, params, masks, None, None, cell, each, 2, True))
     # Without a tape: what stands in that beyond a row's length is anything.
     lengths, reset = torch.tensor([5, 2, 0]), torch.rand(T, B) > 0.5
     params, x = [param.detach() for param in params], x.detach()
-    torch.library.opcheck(forward, (x, None, None, params, [], lengths, reset, cell, each, 2, False))
+    check(forward, (x, None, None, params, [], lengths, reset, cell, each, 2, False))
     output, _, _, kept = forward(x, None, None, params, masks, None, None, cell, each, 2, True)
     tensors = torch.ones_like(output), None, None, x, None, None, output, params, masks, kept, None, None
-    torch.library.opcheck(backward, (*tensors, cell, each, 2))
+    check(backward, (*tensors, cell, each, 2))
 
 
 def test_the_operator_without_a_tape_cannot_go_back():
@@ -107,11 +112,57 @@ def test_compiled_with_dropout_and_wrong_lengths():
         compiled(x, lengths=torch.tensor([1, 2, T + 1]))
 
 
+@each_kind
 @pytest.mark.filterwarnings("ignore")
-def test_exported():
-    layer, x = layer_of("GRU", num_layers=2), random(T, B, I)
-    program = torch.export.export(layer, (x,)).module()
-    torch.testing.assert_close(program(x)[0], layer(x)[0])
+def test_compiled_once_for_all_batches_and_times(kind, cell, own):
+    torch._dynamo.reset()
+    graphs, backend = [], torch._dynamo.lookup_backend("aot_eager")
+    layer = layer_of(kind, num_layers=2, **own)
+    compiled = torch.compile(
+        layer, fullgraph=True, backend=lambda *given: graphs.append(given) or backend(*given), dynamic=True
+    )
+    counts = set()
+    for steps, batch in ((5, 3), (9, 2), (2, 8)):
+        x, lengths = random(steps, batch, I, requires_grad=True), torch.arange(batch) % (steps + 1)
+        assert_same(gradients(compiled, x, lengths=lengths), gradients(layer, x, lengths=lengths))
+        counts.add(len(graphs))
+    assert len(counts) == 1
+
+
+@pytest.mark.parametrize("kind", ["RNNCell", "LSTMCell", "GRUCell"])
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_cells_in_a_loop(kind):
+    torch._dynamo.reset()
+    cell, x = layer_of(kind), random(T, B, I, requires_grad=True)
+
+    def run(x):
+        state = None
+        for x_t in x:
+            state = cell(x_t, state)
+        return state if isinstance(state, torch.Tensor) else state[0]
+
+    found = []
+    for function in (run, torch.compile(run, fullgraph=True, backend="aot_eager")):
+        output = function(x)
+        found.append([output, *torch.autograd.grad(output.pow(2).sum(), [x, *cell.parameters()])])
+    assert_same(*found)
+
+
+@each_kind
+@pytest.mark.filterwarnings("ignore")
+def test_exported_saved_and_loaded(kind, cell, own):
+    layer, x, file = layer_of(kind, num_layers=2, **own).eval(), random(T, B, I), io.BytesIO()
+    sizes = {0: torch.export.Dim("steps", min=2), 1: torch.export.Dim("batch", min=2)}
+    arguments = {"input": x, "lengths": torch.tensor([2, 0, 5])}
+    shapes = {"input": sizes, "lengths": {0: sizes[1]}}
+    torch.export.save(torch.export.export(layer, (), arguments, dynamic_shapes=shapes), file)
+    file.seek(0)
+    program = torch.export.load(file).module()
+    for given in (arguments, {"input": random(T + 4, 2, I), "lengths": torch.tensor([9, 1])}):
+        expected, found = layer(**given), program(**given)
+        assert_same(torch.utils._pytree.tree_leaves(found), torch.utils._pytree.tree_leaves(expected))
+    plain = torch.export.export(layer, (x,)).module()
+    assert_same([plain(x)[0]], [layer(x)[0]])
 
 
 def test_meta():
@@ -200,6 +251,9 @@ def test_checkpoint_keeps_nothing_and_gives_the_same_gradients():
     torch.manual_seed(3)
     output = torch.utils.checkpoint.checkpoint(lambda x: layer(x)[0], x, use_reentrant=False)
     assert_same(torch.autograd.grad(output.pow(2).sum(), inputs), expected)
+    torch.manual_seed(3)
+    torch.utils.checkpoint.checkpoint(lambda x: layer(x)[0], x, use_reentrant=True).pow(2).sum().backward()
+    assert_same([tensor.grad for tensor in inputs], expected)
 
 
 def test_saved_tensors_hooks_see_all_that_is_large():
@@ -383,6 +437,12 @@ def test_replace_and_restore():
     assert model.rnn.note == "kept"
 
 
+def test_cells_stay():
+    model = torch.nn.ModuleList([torch.nn.LSTMCell(I, H), torch.nn.GRU(I, H)])
+    assert ours.replace_(model) == ["1"]
+    assert type(model[0]) is torch.nn.LSTMCell
+
+
 def test_a_filter_chooses():
     model = Model()
     assert ours.replace_(model, lambda module, name: isinstance(module, torch.nn.GRU)) == ["blocks.0", "blocks.1"]
@@ -453,6 +513,67 @@ def test_an_optimizer_goes_on():
             optimizer.step()
         losses.append(loss.item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-9)
+
+
+# ---- processes
+
+WORKER = """
+import sys
+import torch
+import fastrnn.torch
+
+def train(rank, size, backend):
+    torch.manual_seed(0)
+    rnn, head = fastrnn.torch.LSTM(4, 6, 2), torch.nn.Linear(6, 1)
+    model = torch.nn.ModuleDict({"rnn": rnn, "head": head}).double()
+    model.forward = lambda x: head(rnn(x)[0])
+    x = torch.randn(3, 5, 4, 4, dtype=torch.float64)[:, :, rank::size]  # batches, steps, rows, inputs
+    run = model if size == 1 else torch.nn.parallel.DistributedDataParallel(model)
+    run = torch.compile(run, backend=backend) if backend else run
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for batch in x:
+        optimizer.zero_grad()
+        run(batch).pow(2).mean().backward()
+        optimizer.step()
+    return model.state_dict()
+
+if __name__ == "__main__":
+    rank, store, path = int(sys.argv[1]), *sys.argv[2:]
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"file://{store}", rank=rank, world_size=2)
+    torch.save([train(rank, 2, backend) for backend in (None, "aot_eager")], path)
+    torch.distributed.destroy_process_group()
+"""
+
+
+def test_two_processes_give_the_parameters_of_one(tmp_path):
+    if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
+        pytest.skip("this PyTorch has no gloo")
+    program = [sys.executable, "-W", "ignore", "-c", WORKER]
+    running = [
+        subprocess.Popen(
+            [*program, str(rank), str(tmp_path / "store"), str(tmp_path / str(rank))], stderr=subprocess.PIPE, text=True
+        )
+        for rank in range(2)
+    ]
+    try:
+        worker = {"__name__": "worker"}
+        exec(WORKER, worker)
+        expected = worker["train"](0, 1, None)
+        for process in running:
+            _, errors = process.communicate(timeout=240)
+            assert process.returncode == 0, errors
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+    for one, other in zip(*(torch.load(tmp_path / str(rank)) for rank in range(2)), strict=True):
+        assert_same(one.values(), other.values())
+        for name, parameter in expected.items():
+            # Half a batch each, and then the mean of their gradients.
+            torch.testing.assert_close(one[name], parameter, rtol=1e-10, atol=1e-12)
+    torch.manual_seed(0)
+    assert not torch.equal(expected["rnn.weight_hh_l0"], ours.LSTM(4, 6, 2).weight_hh_l0.double())
 
 
 # ---- import
