@@ -16,10 +16,11 @@ had from this module::
     logits = trainer.predict(x_test, lengths=lengths_test)
 
 The batch comes first in all arrays: x is (N, T, size), or labels (N, T); y is (N,) for one label a row, (N, T) for one
-a step, and has the output's shape for numbers. Rows of different length are padded, and `lengths` tells how long they
-are.
+a step, and has the output's shape for numbers. Rows of different length are padded, with any label or number that is
+allowed, and `lengths` tells how long they are: what is beyond teaches nothing.
 
 =====================  ================================================================================================
+one to one             ``Sequential(Linear(...), Activation("relu"), Linear(...))``
 many to one            ``Sequential(..., LSTM(...), Last(), Linear(...))``
 many to many, aligned  the same without `Last`
 encoder and decoder    ``EncoderDecoder(Sequential(...), Sequential(...))``, trained on x = (source, target input);

@@ -208,20 +208,26 @@ def test_a_model_of_ones_own():
 
 
 def test_decode_reads_its_own_labels():
-    encoder = train.Sequential(train.Embedding(7, 3, seed=1), fastrnn.GRU(3, 8, seed=2))
-    decoder = train.Sequential(train.Embedding(5, 3, seed=3), fastrnn.GRU(3, 8, seed=4), train.Linear(8, 5, seed=5))
+    own = {"recurrent_init": "orthogonal"}
+    encoder = train.Sequential(train.Embedding(7, 3, seed=1), fastrnn.GRU(3, 8, seed=2, **own))
+    decoder = train.Sequential(
+        train.Embedding(5, 3, seed=3), fastrnn.GRU(3, 8, seed=4, **own), train.Linear(8, 5, seed=5)
+    )
+    decoder.parameters["0.weight"] *= 5  # what was read decides what comes next
     model = train.EncoderDecoder(encoder, decoder)
-    source = labels(6, 5)
-    found = model.decode(source, start=1, stop=2, limit=7, lengths=[5, 4, 3, 2, 1, 5])
-    for row, own in enumerate(found):
-        length = [5, 4, 3, 2, 1, 5][row]
-        read = [1]
-        while len(read) <= 7:
-            logits, _ = model((source[row : row + 1, :length], np.array([read])))
-            read.append(int(logits[0, -1].argmax()))
-            if read[-1] == 2:
-                break
-        assert own == [label for label in read[1:] if label != 2]
+    source, lengths = labels(6, 5), [5, 4, 3, 2, 1, 5]
+    went_on = 0
+    for stop in range(5):
+        found = model.decode(source, start=1, stop=stop, limit=7, lengths=lengths)
+        for row, own_labels in enumerate(found):
+            read = [1]
+            for _ in range(7):
+                logits, _ = model((source[row : row + 1, : lengths[row]], np.array([read])))
+                read.append(int(logits[0, -1].argmax()))
+            end = read.index(stop, 1) if stop in read[1:] else len(read)
+            went_on += any(label != stop for label in read[end:])
+            assert own_labels == read[1:end]
+    assert went_on > 3  # labels that come after a stop do not count
     assert model.decode(source, start=1, stop=2, limit=0) == [[]] * 6
 
 
