@@ -16,11 +16,13 @@ FOLDERS = {
     "fastrnn.kernels": fastrnn.kernels.__path__,
     "fastrnn.kernels.cuda": [f"{folder}/cuda" for folder in fastrnn.kernels.__path__],
 }
+# Their tests run their examples, in a process of their own: JAX's threads and forks do not mix.
+ELSEWHERE = {"fastrnn.jax"}
 MODULES = [
     module.name
     for package, path in FOLDERS.items()
     for module in pkgutil.iter_modules(path, f"{package}.")
-    if not module.name.endswith(".__main__")
+    if not module.name.endswith(".__main__") and module.name not in ELSEWHERE
 ]
 
 NEEDS = {"fastrnn.kernels.ptx": ("numba_cuda", "numba-cuda"), "fastrnn.torch": ("torch", "PyTorch")}
