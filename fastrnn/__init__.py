@@ -23,7 +23,8 @@ __all__ = ["GRU", "LSTM", "RNN", "functional", "get_num_threads", "load", "set_n
 def set_num_threads(number: int) -> None:
     """Set how many threads a layer may use, in the whole process. The results have the same bits for any number.
 
-    At the start it is the environment variable FASTRNN_NUM_THREADS or, without it, the number of cores.
+    Until then it is the environment variable FASTRNN_NUM_THREADS; without it, where `fastrnn.torch` is imported, what
+    ``torch.get_num_threads()`` says at each call; else the number of cores.
 
     Parameters
     ----------

@@ -13,6 +13,9 @@ a cell as an argument of a kernel; caching    :mod:`fastrnn.kernels.stage`
 splitting a pass over threads                 :mod:`fastrnn.kernels.threads`
 threads that meet at every step               :mod:`fastrnn.kernels.barrier`
 the same in plain NumPy, to read and compare  :mod:`fastrnn.kernels.reference`
+ONNX's operators with all their attributes    :mod:`fastrnn.kernels.general`, in NumPy
+what training needs besides: CTC, sums        :mod:`fastrnn.kernels.train`
+a function for XLA to call                    :mod:`fastrnn.kernels.xla`
 everything on an NVIDIA GPU                   :mod:`fastrnn.kernels.cuda`, which has such a table of its own
 the few instructions that only a GPU has      :mod:`fastrnn.kernels.ptx`
 ============================================  =================================================

@@ -16,8 +16,8 @@ FOLDERS = {
     "fastrnn.kernels": fastrnn.kernels.__path__,
     "fastrnn.kernels.cuda": [f"{folder}/cuda" for folder in fastrnn.kernels.__path__],
 }
-# Their tests run their examples, in a process of their own: JAX's threads and forks do not mix.
-ELSEWHERE = {"fastrnn.jax"}
+# Their tests run their examples, in a process of their own: the threads of JAX and TensorFlow do not mix with forks.
+ELSEWHERE = {"fastrnn.jax", "fastrnn.keras"}
 MODULES = [
     module.name
     for package, path in FOLDERS.items()
@@ -25,7 +25,12 @@ MODULES = [
     if not module.name.endswith(".__main__") and module.name not in ELSEWHERE
 ]
 
-NEEDS = {"fastrnn.kernels.ptx": ("numba_cuda", "numba-cuda"), "fastrnn.torch": ("torch", "PyTorch")}
+NEEDS = {
+    "fastrnn.kernels.ptx": ("numba_cuda", "numba-cuda"),
+    "fastrnn.onnx": ("onnx", "onnx"),
+    "fastrnn.torch": ("torch", "PyTorch"),
+    "fastrnn.torch_func": ("torch", "PyTorch"),
+}
 
 
 @pytest.mark.parametrize("name", ["fastrnn", "fastrnn.kernels", *MODULES])
