@@ -12,7 +12,7 @@ LINUX = sys_platform == "linux" and python_version >= "3.11"
 CUDA = 'numba-cuda[cu13]>=0.28,<1; $(LINUX)' 'nvidia-cuda-nvdisasm>=13,<14; $(LINUX)'
 
 # What `make bench` measures, each merged into benchmarks/results/<machine>.json.
-SUITE = compare limits growth memory start disturbed training training_jax
+SUITE = compare limits growth memory start disturbed training
 
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input
