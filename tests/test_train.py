@@ -311,12 +311,19 @@ def test_early_stopping_restores_the_best_weights():
     assert a.evaluate(*parity(32, seed=1))["loss"] == pytest.approx(losses[best], rel=1e-6)
 
 
-def test_monitor_of_what_is_to_be_large():
-    a = trainer(train.SGD(5.0))
-    a.fit(*parity(32), epochs=12, patience=4, monitor="val_accuracy", maximize=True, validation=0.5, progress=False)
-    values = [entry["val_accuracy"] for entry in a.history]
-    assert a.best["value"] == max(values)
-    assert a.best["epoch"] == int(np.argmax(values)) + 1
+@pytest.mark.parametrize(("maximize", "best", "epochs"), [(True, 3, 5), (False, 2, 4)])
+def test_monitor(maximize, best, epochs):
+    values = iter([0.4, 0.1, 0.5, 0.3, 0.5, 0.9])
+    a = trainer()
+    a.metrics = {"score": lambda targets, predictions: next(values)}
+    options = {"monitor": "val_score", "maximize": maximize, "patience": 2, "validation": 0.5, "progress": False}
+    a.fit(*parity(32), epochs=6, **options)
+    assert a.epoch == epochs
+    assert a.best["epoch"] == best
+    assert a.best["value"] == a.history[best - 1]["val_score"]
+    a.fit(*parity(32), epochs=epochs + 1, progress=False)  # another loss is compared: none of it is known
+    assert a.best["monitor"] == "loss"
+    assert a.best["epoch"] == epochs + 1
 
 
 def test_callbacks():

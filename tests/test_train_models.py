@@ -91,9 +91,9 @@ def test_layer(name, time_first):
     layer, x = LAYERS[name]
     if time_first and x.ndim > 2:
         x = np.ascontiguousarray(x.swapaxes(0, 1)).swapaxes(0, 1)
-    check_gradients(layer, x)
+    check_gradients(layer, x, entries=200)
     if isinstance(layer, train.Last):
-        check_gradients(layer, x, lengths=LENGTHS)
+        check_gradients(layer, x, entries=200, lengths=LENGTHS)
 
 
 def test_padding_has_no_vector_and_no_gradient():
