@@ -441,7 +441,8 @@ def lstm(
         If an argument is of the wrong kind or dtype.
     ValueError
         If a shape, a name or a value is wrong. Under ``jax.jit`` these two are raised when the function is traced; only
-        wrong values of `lengths` that JAX computes are found later, and raise ``jax.errors.JaxRuntimeError``.
+        wrong values of `lengths` that JAX computes are found later, and raise ValueError or
+        ``jax.errors.JaxRuntimeError``.
     NotImplementedError
         For second derivatives, and on other devices than the CPU.
 
