@@ -54,6 +54,7 @@ def forward(
     backend: str | None = None,
     output: np.ndarray | None = None,
     column: int = 0,
+    recurrent_masks: Any = None,
 ) -> tuple[np.ndarray, State, Tape | None]:
     """Run one layer in one direction over a batch of sequences.
 
@@ -89,6 +90,11 @@ def forward(
         (T, B, at least column + W), C-contiguous; of it ``[..., column : column + W]`` is written (is modified).
         So both directions of a layer, or several layers, share one buffer. By default a new (T, B, W).
     column : int
+    recurrent_masks : numpy.ndarray, optional
+        (B, W), or (G, B, W), one for each gate: what the previous h is multiplied by before W_hh, at every step the
+        same. Drawn as dropout's masks they are the dropout of Gal and Ghahramani, arXiv 1512.05287, and Keras'
+        ``recurrent_dropout``. Any values; no gradient goes back to them. What is carried past the product, GRU's z·h,
+        is h as it is; "gru_reset_before" multiplies r·h. Not with "cuda".
 
     Returns
     -------
@@ -107,6 +113,8 @@ def forward(
         If a shape or a value is wrong.
     MemoryError
         If the result cannot fit into this machine's memory.
+    NotImplementedError
+        If recurrent_masks are for a GPU.
     ImportError, RuntimeError
         If a GPU is asked for, and a package, the driver or the GPU is missing: the message says which, and how to get
         it. All of them before anything is computed or written.
@@ -119,12 +127,20 @@ def forward(
     >>> output[:, 0]
     array([[3., 3., 3., 3.],
            [3., 3., 3., 3.]])
+
+    Dropout at a rate of one half between the steps, one mask for all gates:
+
+    >>> keep = np.random.default_rng(0).random((1, 4)) < 0.5
+    >>> output, (h,), _ = forward("rnn_relu", np.ones((2, 1, 3)), params, recurrent_masks=keep / 0.5)
     """
     check_cell(cell)
     like = x if type(x) is not np.ndarray and backends.is_on_gpu(x) else None
     if like is not None:
         backend, x, params, state = _take_from_gpu(backend, x, params, state, output)
     backend = backends.check(backend)
+    if recurrent_masks is not None and backend.startswith("cuda"):
+        wanted = "None, or NumPy arrays and the backend 'cpu'"
+        raise NotImplementedError(f"recurrent_masks is given with the backend {backend!r}, expected {wanted}")
     x = check_array("x", x, DTYPES, (None, None, None), "(T, B, I)")
     T, B, I = x.shape
     dtype = x.dtype.newbyteorder("=")
@@ -134,6 +150,8 @@ def forward(
     if like is not None and state is None:
         state = backends.load(backend).zeros(x, [(B, size) for size in sizes])
     state = _check_state(state, B, sizes, dtype)
+    # An argument of the backends that have it.
+    masks = {} if recurrent_masks is None else {"recurrent_masks": _check_masks(recurrent_masks, cell, B, W, dtype)}
     lengths = check_lengths(lengths, T, B)
     reset = check_reset(reset, (T, B), "(T, B)")
     reverse = check_flag("reverse", reverse)
@@ -151,7 +169,7 @@ def forward(
         check_memory(items * dtype.itemsize + copied_bytes(x), what)
     x = contiguous(x)
     if output is not None:
-        _check_overlap(output, {"x": x, "state": state, **params})
+        _check_overlap(output, {"x": x, "state": state, **params, **masks})
     kernels = backends.load(backend)
     result, last, tape = kernels.forward(
         cell,
@@ -165,6 +183,7 @@ def forward(
         recompute=recompute,
         output=output,
         column=column,
+        **masks,
     )
     if like is not None:
         result, *last = kernels.give([result, *last], like)
@@ -473,6 +492,14 @@ def _check_state(state: Any, B: int, sizes: tuple[int, ...], dtype: np.dtype) ->
 
 def _check_part(name: str, value: Any, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return contiguous(check_array(name, value, (dtype,), shape, "(B, size)"))
+
+
+def _check_masks(masks: Any, cell: str, B: int, W: int, dtype: np.dtype) -> np.ndarray:
+    shape: Shape = (B, W)
+    letters = "(G, B, W) or (B, W)"
+    if getattr(masks, "ndim", 2) == 3:
+        shape, letters = (GATES[cell], B, W), "(B, W) or (G, B, W)"
+    return contiguous(check_array("recurrent_masks", masks, (dtype,), shape, letters))
 
 
 def _check_output(output: Any, T: int, B: int, W: int, column: int, dtype: np.dtype) -> None:

@@ -79,8 +79,13 @@ def forward(
     masks: Sequence[Array],
     rows: Rows,
     training: bool,
+    recurrent_masks: Sequence[Array | None] = (),
 ) -> tuple[Array, list[Array], list[Array]]:
-    """Return the output, the last states, and what `backward` needs: outputs of the layers below, and tapes."""
+    """Return the output, the last states, and what `backward` needs: outputs of the layers below, and tapes.
+
+    `masks` are factors of the outputs below the top, one for each; `recurrent_masks` those of h in the recurrent
+    product (see `fastrnn.functional.forward`), one for each direction of each layer.
+    """
     (lengths, reset), D, W = rows, spec.directions, prepared[0].h
     outputs: list[Array] = []
     tapes, last, output = [], [], x
@@ -93,7 +98,10 @@ def forward(
             # Both directions write into one buffer, which is the next layer's input as it is.
             output = np.empty((*x.shape[:2], D * W), one.dtype)
         options = {"lengths": lengths, "reset": reset, "reverse": d == 1, "training": training}
-        _, new, tape = one.forward(x, tuple([s[k] for s in states]), **options, output=output, column=d * W)
+        factors = recurrent_masks[k] if recurrent_masks else None
+        _, new, tape = one.forward(
+            x, tuple([s[k] for s in states]), **options, output=output, column=d * W, recurrent_masks=factors
+        )
         last.append(new)
         if training:
             tapes.append(tape.walk.tape)
@@ -110,6 +118,7 @@ def backward(
     rows: Rows,
     d_output: Array | None,
     d_states: Sequence[Array | None],
+    recurrent_masks: Sequence[Array | None] = (),
 ) -> tuple[Array, list[Array], list[Array]]:
     """Return the gradients of x, the initial states and the parameters; `tape` is the output and what was kept."""
     (output, kept), (lengths, reset) = tape, rows
@@ -127,6 +136,7 @@ def backward(
             k = layer * D + d
             own = tuple([s[k] for s in states])
             options = {"lengths": lengths, "reset": reset, "reverse": d == 1}
+            options["recurrent_masks"] = recurrent_masks[k] if recurrent_masks else None
             one = prepared[k].tape(below, own, outputs[layer], d * W, tapes[k], **options)
             columns = gradient if gradient is None or D == 1 else gradient[..., d * W : (d + 1) * W]
             d_last = tuple([None if s is None else s[k] for s in d_states])

@@ -30,7 +30,7 @@ Conventions
 A backend (``cpu``, ``reference``, an object of ``cuda``) has three functions, for one layer in one direction::
 
     forward(cell, x, params, state, *, lengths=None, reset=None, reverse=False, training=False, recompute=False,
-            output=None, column=0)
+            output=None, column=0, recurrent_masks=None)
         -> output, state, tape
     backward(tape, d_output, d_state)
         -> dx, dparams, dstate
@@ -45,5 +45,7 @@ A backend (``cpu``, ``reference``, an object of ``cuda``) has three functions, f
 * Beyond a row's length, output and dx are 0, whatever stands there in x, reset or d_output. The final state is that of
   the row's last step, without any step the initial state.
 * Where reset[t, b] is true, row b's state is zero before step t, in the order in which the direction walks.
+* recurrent_masks, (B, W) or (G, B, W), are factors of what is multiplied by weight_hh: one for all gates, or one for
+  each. That is the previous h, and r h for the candidate of gru_reset_before. CUDA has none.
 * The tape refers to x, params and output. Backward only reads it, and may run any number of times.
 """

@@ -29,7 +29,7 @@ from fastrnn.kernels.product import (
     rows_in_tile,
 )
 from fastrnn.kernels.simd import VECTOR_BITS, machine
-from fastrnn.kernels.stage import SOURCE, UNITS, call, entry
+from fastrnn.kernels.stage import SOURCE, UNITS, Masked, call, entry
 from fastrnn.kernels.walk import (
     DONE,
     JOB,
@@ -196,8 +196,9 @@ def _address(array) -> int:
 class Plan:
     """How calls of one shape are carried out, and the memory that one of them at a time works in."""
 
-    def __init__(self, prepared, key, size, crews, scratch, length):
+    def __init__(self, prepared, key, kernel, stages, size, crews, scratch, length):
         self.key = key
+        self.kernel = kernel  # the key of the compiled one
         self.size = size
         self.crews = crews
         self.length = length  # steps of a call
@@ -223,8 +224,10 @@ class Plan:
             job["sync"] = _address(sync)
             job["ahead"] = own.ahead
             job["sums"] = _address(own.first), _address(own.second)
+            job["masked"] = _address(own.masked)
             job["places"] = _address(own.places), own.buffer, own.output, own.tape
-        self.arguments = (*prepared.stages, jobs, 0, 1)
+        self.stages = stages
+        self.arguments = (*stages, jobs, 0, 1)
 
     def take(self, packed):
         """Use these weights. A single thread checks on its way whether they are still those of the parameters."""
@@ -249,7 +252,7 @@ class Plan:
                 self.jobs[name] = value
 
 
-OPTIONS = ("output_row", "column", "tape", "tape_start", "order", "active", "reset", "reverse")
+OPTIONS = ("output_row", "column", "tape", "tape_start", "order", "active", "reset", "reverse", "masks")
 
 
 class Prepared:
@@ -266,10 +269,10 @@ class Prepared:
         self.dtype = params["weight_ih"].dtype
         self.hidden = params["weight_ih"].shape[0] // self.cell.gates
         self.h = params["weight_hh"].shape[1]
-        self.key = (self.cell.name, self.dtype)
         # Gate gradients of a row; and a cache line more, or the rows would all fall into the same sets of the caches.
         columns = self.cell.slots * self.hidden + (self.h if "weight_hr" in params else 0)
         self.d_row = columns + CACHE_LINE // self.dtype.itemsize
+        self.ld = -(-self.hidden // _line(self.dtype)) * _line(self.dtype)
         self.x_blocks = [block for stage in self.cell.stages for block in stage.x_blocks]
         # What is kept is compared with the arrays that are seen here: not with those that would be copied first.
         self.keep = keep and all(array.flags.c_contiguous for array in params.values())
@@ -279,6 +282,13 @@ class Prepared:
         self._packed_back: tuple | None = None
         self._plans: list[Plan] = []
         self.back_plans: list[BackPlan] = []
+
+    def kernel(self, masks) -> tuple[tuple, tuple]:
+        """The key of the compiled kernel and its stages, for calls with so many masks."""
+        stages = self.stages
+        if masks:
+            stages = tuple([Masked(stage, masks > 1) if stage and stage.x_blocks else stage for stage in stages])
+        return (self.cell.name, self.dtype, min(masks, 2)), stages
 
     def packed(self) -> Packed:
         """The weights as they are now."""
@@ -292,11 +302,12 @@ class Prepared:
 
     def forward(
         self, x, state, *, lengths=None, reset=None, reverse=False, training=False, recompute=False, output=None,
-        column=0,
+        column=0, recurrent_masks=None,
     ):  # fmt: skip
         """As the module's :func:`forward`."""
         rows = _sort(lengths, *x.shape[:2])
-        plan = self.plan(x.shape, rows, reset is not None)
+        masks = self.masks(recurrent_masks, rows)
+        plan = self.plan(x.shape, rows, reset is not None, len(masks))
         size = plan.size
         if output is None:
             output = np.empty((size.steps, size.batch, size.h), self.dtype)
@@ -307,16 +318,16 @@ class Prepared:
         walk = Sequences(
             x, output, output.shape[2], column,
             np.empty(size.steps * size.batch * tape_row if training and not recompute else 0, self.dtype), tape_row, 0,
-            rows.order, rows.active, _none(np.bool_) if reset is None else reset, reverse,
+            rows.order, rows.active, _none(np.bool_) if reset is None else reset, reverse, masks,
         )  # fmt: skip
         states = [initial]  # before each chunk of the way back
         for s0, s1, _ in self.chunks(size, rows, reverse) if recompute else [(0, size.steps, None)]:
             if s0:
                 states.append(plan.state(s0, rows))
             self.walk(plan, walk, initial, final, s0, s1, begins=s0 == 0)
-        plain = plan.options == (size.h,) + (0,) * 7 and len(plan.crews) == 1 and size.steps <= plan.length
+        plain = plan.options == (size.h,) + (0,) * 8 and len(plan.crews) == 1 and size.steps <= plan.length
         plain = plain and size.steps > 0
-        plan.entry, plan.entry_steps = (entry(forward_rows, self.key), size.steps) if plain else (None, -1)
+        plan.entry, plan.entry_steps = (entry(forward_rows, plan.kernel), size.steps) if plain else (None, -1)
         packed = plan.packed or self.packed()
         tape = Tape(self, size, rows, walk, states, recompute, packed.checksum) if training else None
         self.give_back(plan, rows)
@@ -356,7 +367,7 @@ class Prepared:
         """Steps s0 to s1, on as many threads as there are crews."""
         plan.set(
             walk.output_row, walk.column, _address(walk.tape), walk.tape_start, _address(walk.order),
-            _address(walk.active), _address(walk.reset), int(walk.reverse),
+            _address(walk.active), _address(walk.reset), int(walk.reverse), _address(walk.masks),
         )  # fmt: skip
         x, output = walk.x.reshape(-1, plan.size.inputs), walk.output.reshape(-1, walk.output_row)
         one = len(plan.crews) == 1
@@ -367,7 +378,7 @@ class Prepared:
 
         def part(crew, p):
             return call(
-                forward_rows, self.key, *self.stages, plan.jobs, p, crew.parts, x, output, initial, final,
+                forward_rows, plan.kernel, *plan.stages, plan.jobs, p, crew.parts, x, output, initial, final,
                 begins and start == s0, start, end,
             )  # fmt: skip
 
@@ -384,41 +395,51 @@ class Prepared:
         seconds = _slice(self.cell, size, 2 * _flops(self.cell, size, rows.steps))
         return _chunks(rows.counts(size, reverse), self.d_row * self.dtype.itemsize, seconds)
 
-    def plan(self, shape, rows, reset) -> Plan:
-        """How to go about x of that shape: the last plan if it was for such a call."""
-        key = (shape, reset, threads.get_num_threads())
+    def plan(self, shape, rows, reset, masks) -> Plan:
+        """How to go about x of that shape, with so many masks: the last plan if it was for such a call."""
+        key = (shape, reset, masks, threads.get_num_threads())
         plan = _taken(self._plans, key) if rows.lengths is None else None
         if plan is not None:
             return plan
-        ld = -(-self.hidden // _line(self.dtype)) * _line(self.dtype)
-        size = Sizes(*shape, self.hidden, self.h, ld, 2)
+        size = Sizes(*shape, self.hidden, self.h, self.ld, 2)
         flops = _flops(self.cell, size, rows.steps)
         size, crews = self.crews(size, rows, flops, can_share=not reset)
         length = min(_slice(self.cell, size, flops), _length(size, crews))
-        scratch = [_scratch(*self.stages, size, crew.row1 - crew.row0, self.dtype) for crew in crews]
-        return Plan(self, key, size, crews, scratch, length)
+        scratch = [_scratch(*self.stages, size, crew.row1 - crew.row0, masks, self.dtype) for crew in crews]
+        return Plan(self, key, *self.kernel(masks), size, crews, scratch, length)
 
-    def tape(self, x, state, output, column, kept, *, lengths=None, reset=None, reverse=False) -> Tape:
+    def masks(self, given, rows) -> np.ndarray:
+        """The masks [masks, B, ld] in the order of the rows; empty where there are none."""
+        if given is None:
+            return _none(self.dtype)
+        given = given if given.ndim == 3 else given[None]
+        count, batch, width = given.shape
+        masks = _aligned(count * batch * self.ld, self.dtype, zero=True).reshape(count, batch, self.ld)
+        masks[..., :width] = given if rows.lengths is None else given[:, rows.order]
+        return masks
+
+    def tape(
+        self, x, state, output, column, kept, *, lengths=None, reset=None, reverse=False, recurrent_masks=None
+    ) -> Tape:
         """The tape that :meth:`forward` returned, again, from its arguments, its output and its ``tape.walk.tape``.
 
         For a caller who can keep arrays, but no objects.
         """
         rows = _sort(lengths, *x.shape[:2])
-        ld = -(-self.hidden // _line(self.dtype)) * _line(self.dtype)
-        size, checksum = Sizes(*x.shape, self.hidden, self.h, ld, 2), self.packed().checksum if self.keep else 0
+        size, checksum = Sizes(*x.shape, self.hidden, self.h, self.ld, 2), self.packed().checksum if self.keep else 0
         walk = Sequences(
             x, output, output.shape[2], column, kept, self.cell.tape * self.hidden, 0, rows.order, rows.active,
-            _none(np.bool_) if reset is None else reset, reverse,
+            _none(np.bool_) if reset is None else reset, reverse, self.masks(recurrent_masks, rows),
         )  # fmt: skip
         return Tape(self, size, rows, walk, [tuple([s[None] for s in state])], False, checksum)
 
     def back_plan(self, tape) -> BackPlan:
         """How to go back: the last plan if it was for such a tape."""
         walk, rows, size = tape.walk, tape.rows, tape.size
-        reset = walk.reset.size > 0
-        key = (size.steps, size.batch, reset, threads.get_num_threads())
+        reset, masks = walk.reset.size > 0, len(walk.masks)
+        key = (size.steps, size.batch, reset, masks, threads.get_num_threads())
         plan = _taken(self.back_plans, key) if rows.lengths is None else None
-        return plan or BackPlan(self, key, size, rows, walk.reverse, reset)
+        return plan or BackPlan(self, key, size, rows, walk.reverse, reset, masks)
 
     def give_back(self, plan, rows):
         """Keep a plan for the next call."""
@@ -526,8 +547,8 @@ def _ahead(stage, size, rows, sums_row, itemsize) -> int:
     return max(1, min(size.steps, max(room, -(-8 // rows)), 256))
 
 
-def _scratch(first, second, size, rows, dtype) -> Scratch:
-    """Memory of the forward walk for so many rows."""
+def _scratch(first, second, size, rows, masks, dtype) -> Scratch:
+    """Memory of the forward walk for so many rows, with so many masks."""
     width = VECTOR_BITS // (8 * dtype.itemsize)
     panel = first.gates * UNITS[first.name] * width
     sums_row = -(-size.hidden // (UNITS[first.name] * width)) * panel
@@ -536,7 +557,9 @@ def _scratch(first, second, size, rows, dtype) -> Scratch:
     g = _aligned(max(ahead * rows * sums_row, min(rows, ROWS) * panel, few_rows), dtype)
     g2 = g if second is None else _aligned(max(ROWS * second.gates * UNITS[second.name] * width, few_rows), dtype)
     buffer = max(1, ahead) * rows
-    return Scratch(ahead, g, g2, np.empty(buffer + 3 * rows, np.int64), buffer, buffer + rows, buffer + 2 * rows)
+    places = np.empty(buffer + 3 * rows, np.int64)
+    masked = _aligned(masks * rows * size.ld, dtype)
+    return Scratch(ahead, g, g2, masked, places, buffer, buffer + rows, buffer + 2 * rows)
 
 
 prepare = Prepared
@@ -544,12 +567,12 @@ prepare = Prepared
 
 def forward(
     cell, x, params, state, *, lengths=None, reset=None, reverse=False, training=False, recompute=False, output=None,
-    column=0,
+    column=0, recurrent_masks=None,
 ):  # fmt: skip
     """One layer in one direction; arguments and results are those of :func:`fastrnn.functional.forward`, unchecked."""
     return Prepared(cell, params, keep=False).forward(
         x, state, lengths=lengths, reset=reset, reverse=reverse, training=training, recompute=recompute, output=output,
-        column=column,
+        column=column, recurrent_masks=recurrent_masks,
     )  # fmt: skip
 
 
@@ -575,9 +598,10 @@ def _chunks(active, row_bytes, steps):
 class BackPlan:
     """How backward calls of one shape are carried out, and the memory that one of them at a time works in."""
 
-    def __init__(self, prepared, key, size, rows, reverse, reset):
+    def __init__(self, prepared, key, size, rows, reverse, reset, masks):
         cell, dtype = prepared.cell, prepared.dtype
         self.key = key
+        self.kernel, self.stages = prepared.kernel(masks)
         flops = 2 * _flops(cell, size, rows.steps)
         self.chunks = prepared.chunks(size, rows, reverse)
         most_rows = int(max((bases[-1] for _, _, bases in self.chunks), default=0))
@@ -590,11 +614,16 @@ class BackPlan:
         dh, carried = (_aligned(self.size.slots * size.batch * size.ld, dtype, zero=True) for _ in range(2))
         middle = _aligned(0 if one_stage else size.batch * size.ld, dtype)
         previous = _aligned(cell.states * most_rows * size.ld, dtype, zero=True)
+        operands = len(prepared.x_blocks) if masks > 1 else masks * len([s for s in cell.stages if s.x_blocks])
+        masked = _aligned(operands * most_rows * size.ld, dtype)
         d = _aligned(most_rows * prepared.d_row + size.ld, dtype)  # products read a vector behind the end
         numbers = np.empty(most_rows, np.int64)
-        self.way = Way(dh, middle, carried, (), 0, (), (), previous, d, prepared.d_row, numbers, most_rows, numbers)
+        self.way = Way(
+            dh, middle, carried, (), 0, (), (), previous, masked, d, prepared.d_row, numbers, most_rows, numbers
+        )  # fmt: skip
+        sums = 2 if masks else 1
         self.scratch = [
-            (_aligned(ROWS * _line(dtype), dtype), np.empty(max(crew.row1 - crew.row0, 2 * ROWS), np.int64))
+            (_aligned(sums * ROWS * _line(dtype), dtype), np.empty(max(crew.row1 - crew.row0, 2 * ROWS), np.int64))
             for crew in self.crews
         ]
         width = VECTOR_BITS // (8 * dtype.itemsize)
@@ -620,20 +649,24 @@ class _Gradients:
         stages, size = self.prepared.cell.stages, self.plan.size
         numbers = way.numbers[:rows]
         yield 0, walk.x.reshape(-1), numbers * size.inputs, size.inputs, self.weight_ih
-        done = 0
+        done = masked = 0
         for stage, column in zip(stages, self.h_columns, strict=False):
-            if stage.operand == 0:
-                operand, places, count = way.previous, self.plan.places, size.h
-            else:  # what the first stage handed over stands in its tape
-                place = stages[0].saves[-1]
-                places = (numbers - walk.tape_start * size.batch) * walk.tape_row + place * size.hidden
-                operand, count = walk.tape, size.hidden
             if stage.x_blocks:
                 into = self.others["weight_hh"][done : done + len(stage.h_blocks) * size.hidden]
                 done += len(into)
             else:
                 into = self.others["weight_hr"]
-            yield column, operand, places, count, into
+            if stage.x_blocks and len(walk.masks):
+                for part in np.split(into, len(stage.h_blocks) if len(walk.masks) > 1 else 1):
+                    yield column, way.masked, self.plan.places + masked, size.h, part
+                    column += len(part)
+                    masked += way.chunk_rows * size.ld
+            elif stage.operand == 0:
+                yield column, way.previous, self.plan.places, size.h, into
+            else:  # what the first stage handed over stands in its tape
+                place = stages[0].saves[-1]
+                places = (numbers - walk.tape_start * size.batch) * walk.tape_row + place * size.hidden
+                yield column, walk.tape, places, size.hidden, into
 
     def add(self, way, walk, rows):
         """Add the sums over the first rows of way.d."""
@@ -673,7 +706,7 @@ def _tile_places():
 def backward(tape, d_output, d_state):
     """Gradients of one layer in one direction; as :func:`fastrnn.functional.backward`, unchecked."""
     prepared, rows, walk, initial = tape.prepared, tape.rows, tape.walk, tape.states[0]
-    dtype, (first, second) = prepared.dtype, prepared.stages
+    dtype = prepared.dtype
     wx, x_rows, back, back2 = prepared.packed_back(tape.checksum)
     plan = prepared.back_plan(tape)
     size = plan.size
@@ -690,7 +723,7 @@ def backward(tape, d_output, d_state):
 
     def part(crew, p):
         call(
-            backward_rows, prepared.key, first, second, size, walk, here, wx, x_rows, back, back2, d_output, dx,
+            backward_rows, plan.kernel, *plan.stages, size, walk, here, wx, x_rows, back, back2, d_output, dx,
             *plan.scratch[p], crew, s1 == size.steps, s0, s1,
         )  # fmt: skip
 
@@ -717,7 +750,7 @@ class _Recomputed:
     def __init__(self, tape, chunks):
         self.tape, self.chunks = tape, chunks
         prepared, walk = tape.prepared, tape.walk
-        self.plan = prepared.plan(walk.x.shape, tape.rows, walk.reset.size > 0)
+        self.plan = prepared.plan(walk.x.shape, tape.rows, walk.reset.size > 0, len(walk.masks))
         steps = max((s1 - s0 for s0, s1, _ in chunks), default=0)
         self.memory = np.empty(steps * tape.size.batch * walk.tape_row, prepared.dtype)
         self.final = tuple([np.empty_like(s) for s in tape.states[0]])

@@ -6,13 +6,14 @@ that grow with the length of a block rather than of the whole sum.
 
 Weights are packed as [panel][K][V][lanes]: a panel is V vectors of columns, and the loop over k reads it as one stream.
 A tile is some rows times one panel: its sums stay in registers over the whole loop. V is a property of the product's
-type: kernels hand it over as a tuple of V integers (``columns``).
+type: kernels hand it over as a tuple of V integers (``columns``). So is how many operands A there are: a tuple says
+where each begins (``a0``), one for the whole panel, or one for each gate in it, which has an equal share of the V.
 """
 
 from __future__ import annotations
 
 from llvmlite import ir
-from numba.core import types
+from numba.core import cgutils, types
 from numba.extending import intrinsic, register_jitable
 
 from fastrnn.kernels import simd
@@ -39,10 +40,10 @@ def panels_together(rows, vectors):
 
 
 def _emit_tile(builder, vector, shape, a, w, c, ahead, k_count):
-    """One tile: C += A W for `shape` = (rows, panels, vectors). a, w, c give pointers to their elements, `ahead` to
-    what is to be fetched meanwhile.
+    """One tile: C += A W for `shape` = (rows, panels, vectors, operands). a, w, c give pointers to their elements,
+    `ahead` to what is to be fetched meanwhile.
     """
-    rows, panels, vectors = shape
+    rows, panels, vectors, operands = shape
     places = [(r, p, v) for r in range(rows) for p in range(panels) for v in range(vectors)]
     zero = simd.constant(vector, 0)
     before = builder.block
@@ -58,9 +59,11 @@ def _emit_tile(builder, vector, shape, a, w, c, ahead, k_count):
     weights = {(p, v): simd.load_vector(builder, vector, w(k, p, v)) for p in range(panels) for v in range(vectors)}
     if rows >= TALL:
         simd.emit_prefetch(builder, ahead(k))
-    elements = [simd.splat(builder, vector, builder.load(a(r, k))) for r in range(rows)]
+    elements = {
+        (r, o): simd.splat(builder, vector, builder.load(a(r, o, k))) for r in range(rows) for o in range(operands)
+    }
     new = [
-        simd.multiply_add(builder, vector, elements[r], weights[p, v], value)
+        simd.multiply_add(builder, vector, elements[r, v * operands // vectors], weights[p, v], value)
         for (r, p, v), value in zip(places, sums, strict=True)
     ]
     k_next = builder.add(k, ir.Constant(INT64, 1))
@@ -76,27 +79,28 @@ def _emit_tile(builder, vector, shape, a, w, c, ahead, k_count):
 
 @intrinsic
 def multiply_tile(
-    typingctx, columns, rows, panels, a, a0, places, place, step, w, w0, w_panel, ahead, k_count, c, c0, c_row,
+    typingctx, columns, rows, panels, a, a0, k0, places, place, step, w, w0, w_panel, ahead, k_count, c, c0, c_row,
     c_panel,
 ):  # fmt: skip
     """C[r, p] += sum over k of A[r, k] W[p, k] for one tile of `rows` rows (1 to rows_in_tile) and `panels` panels,
     k_count > 0.
 
-    A[r, k] stands at a[a0 + places[place + r] + k * step], W[p, k] at w[w0 + p * w_panel + k * V * lanes], C[r, p] (V
-    vectors, is modified) at c[c0 + r * c_row + p * c_panel]. `panels` is 1 or panels_together(rows, V).
+    A[r, k] stands at a[a0 + k0 + places[place + r] + k * step], W[p, k] at w[w0 + p * w_panel + k * V * lanes], C[r, p]
+    (V vectors, is modified) at c[c0 + r * c_row + p * c_panel]. `panels` is 1 or panels_together(rows, V).
 
     Meanwhile a tall tile has k_count vectors fetched from w[ahead] on.
     """
-    vectors = len(columns)
+    vectors, operands = len(columns), len(a0)
     vector = simd.vector_of(a)
     shapes = {}
     for r in range(1, rows_in_tile(vectors) + 1):
         for p in {1, panels_together(r, vectors)}:
-            shapes[r, p] = (r, p, vectors)
+            shapes[r, p] = (r, p, vectors, operands)
 
     def emit(context, builder, sig, args):
-        (_, rows, panels, a, a0, places, place, step, w, w0, w_panel, ahead, k_count, c, c0, c_row, c_panel) = args
-        array = {name: sig.args[i] for name, i in (("a", 3), ("places", 5), ("w", 8), ("c", 13))}
+        (_, rows, panels, a, a0, k0, places, place, step, w, w0, w_panel, ahead, k_count, c, c0, c_row, c_panel) = args
+        array = {name: sig.args[i] for name, i in (("a", 3), ("places", 6), ("w", 9), ("c", 14))}
+        starts = [builder.add(start, k0) for start in cgutils.unpack_tuple(builder, a0)]
 
         def pointer(name, value, index):
             return simd.address(context, builder, array[name], value, index)
@@ -109,7 +113,7 @@ def multiply_tile(
                 builder.load(pointer("places", places, builder.add(place, ir.Constant(INT64, r))))
                 for r in range(shape[0])
             ]
-            a_rows = [pointer("a", a, builder.add(a0, offset)) for offset in at]
+            a_rows = [[pointer("a", a, builder.add(start, offset)) for start in starts] for offset in at]
             w_panels = [pointer("w", w, builder.add(w0, times(w_panel, p))) for p in range(shape[1])]
             c_rows = [
                 [
@@ -136,7 +140,7 @@ def multiply_tile(
                 builder,
                 vector,
                 shape,
-                lambda r, k: builder.gep(a_rows[r], [builder.mul(k, step)]),
+                lambda r, o, k: builder.gep(a_rows[r][o], [builder.mul(k, step)]),
                 w_at,
                 c_at,
                 lambda k: builder.gep(fetched, [times(k, vector.lanes)]),
@@ -156,7 +160,7 @@ def multiply_tile(
         return context.get_dummy_value()
 
     i = types.intp
-    return types.void(columns, i, i, a, i, places, i, i, w, i, i, i, i, c, i, i, i), emit
+    return types.void(columns, i, i, a, a0, i, places, i, i, w, i, i, i, i, c, i, i, i), emit
 
 
 @intrinsic
@@ -185,7 +189,8 @@ def multiply(columns, rows, panels, a, a0, places, place, w, w0, w_panel, k_coun
                 height,
                 panels,
                 a,
-                a0 + k,
+                a0,
+                k,
                 places,
                 place + r,
                 1,
@@ -262,8 +267,8 @@ def add_outer_products(columns, d, d0, d_row, m0, m1, b, places, rows, n_count, 
                         clear(work, c_at, tile * width)
                         to, at, row = work, c_at, width
                     multiply_tile(
-                        columns, tile, 1, work, (i - m) * OUTER_BLOCK, tile_places, 0, height, work, b_at, 0, b_at,
-                        count, to, at, row, 0,
+                        columns, tile, 1, work, ((i - m) * OUTER_BLOCK,), 0, tile_places, 0, height, work, b_at, 0,
+                        b_at, count, to, at, row, 0,
                     )  # fmt: skip
                     if n < width:
                         _add_first_columns(c, i * n_count + first, n_count, n, work, c_at, width, tile)

@@ -50,12 +50,12 @@ class Prepared:
 
     def forward(
         self, x, state, *, lengths=None, reset=None, reverse=False, training=False, recompute=False, output=None,
-        column=0,
+        column=0, recurrent_masks=None,
     ):  # fmt: skip
         """As the module's :func:`forward`."""
         return forward(
             self.cell, x, self.params, state, lengths=lengths, reset=reset, reverse=reverse, training=training,
-            recompute=recompute, output=output, column=column,
+            recompute=recompute, output=output, column=column, recurrent_masks=recurrent_masks,
         )  # fmt: skip
 
     def again(self, x, steps, state):
@@ -69,7 +69,7 @@ prepare = Prepared
 @_quiet
 def forward(
     cell, x, params, state, *, lengths=None, reset=None, reverse=False, training=False, recompute=False, output=None,
-    column=0,
+    column=0, recurrent_masks=None,
 ):  # fmt: skip
     """One layer in one direction.
 
@@ -91,6 +91,8 @@ def forward(
     output : numpy.ndarray, optional
         (T, B, at least column + W) (is modified in W columns).
     column : int
+    recurrent_masks : numpy.ndarray, optional
+        (B, W), or (G, B, W), one for each gate.
 
     Returns
     -------
@@ -103,6 +105,8 @@ def forward(
     T, B, _ = x.shape
     W = params["weight_hh"].shape[1]
     layer = CELLS["lstm_projected" if "weight_hr" in params else cell](params)
+    if recurrent_masks is not None:
+        layer.masks = np.broadcast_to(recurrent_masks, (layer.blocks, B, W))
     if output is None:
         output = np.empty((T, B, W), x.dtype)
     hs = output[:, :, column : column + W]
@@ -132,7 +136,8 @@ def forward(
         hs[~valid] = 0
     state = tuple(s.copy() for s in state)  # arrays of its own: until here a part of `sums`, or what was given
     if recompute:
-        again = functools.partial(forward, cell, x, params, initial, lengths=lengths, reset=reset, reverse=reverse)
+        options = {"lengths": lengths, "reset": reset, "reverse": reverse, "recurrent_masks": recurrent_masks}
+        again = functools.partial(forward, cell, x, params, initial, **options)
         return output, state, again
     return output, state, Tape(layer, x, sums, befores, kept, valid, reset, reverse) if training else None
 
@@ -191,7 +196,10 @@ def backward(tape, d_output, d_state):
     # What stands in the padding stays out of the sums: 0 times it need not be 0.
     d, x_rows, *saved = (_rows(array, valid) for array in (d_sums, x, gates, befores[0], kept))
     d_ih, d_hh = d[:, : layer.gates], layer.recurrent(d)
-    dparams = {"weight_ih": d_ih.T @ x_rows, **layer.weight_gradients(d, *saved)}
+    masks = layer.masks
+    if masks is not None:
+        masks = [_rows(np.broadcast_to(mask, befores[0].shape), valid) for mask in masks]
+    dparams = {"weight_ih": d_ih.T @ x_rows, **layer.weight_gradients(d, *saved, masks)}
     if "bias_ih" in params:
         dparams |= {"bias_ih": d_ih.sum(axis=0), "bias_hh": d_hh.sum(axis=0)}
     dx = d_ih @ params["weight_ih"]
@@ -271,6 +279,33 @@ def _blocks(a, count):
     return [a[:, k * H : (k + 1) * H] for k in range(count)]
 
 
+def _times(a, W, masks):
+    """a Wᵀ; or, where there are masks, the columns of each gate from a times the gate's mask."""
+    if masks is None:
+        return a @ W.T
+    return np.concatenate([(a * m) @ block.T for m, block in zip(masks, _gates(W, masks), strict=True)], axis=1)
+
+
+def _times_back(d, W, masks):
+    """The gradient of a in a Wᵀ, from that of the product."""
+    if masks is None:
+        return d @ W
+    parts = zip(masks, _gates(d.T, masks), _gates(W, masks), strict=True)
+    return sum(m * (d_gate.T @ block) for m, d_gate, block in parts)
+
+
+def _weight_gradient(d, a, masks):
+    """The gradient of W in a Wᵀ, from that of the product."""
+    if masks is None:
+        return d.T @ a
+    return np.concatenate([d_gate @ (a * m) for m, d_gate in zip(masks, _gates(d.T, masks), strict=True)])
+
+
+def _gates(W, masks):
+    """The rows of each gate that has a mask."""
+    return np.split(W, len(masks))
+
+
 class Cell:
     """A cell with the parameters of one layer, for whole batches.
 
@@ -283,6 +318,7 @@ class Cell:
     """
 
     blocks = 1  # G
+    masks = None  # (G, B, W): factors of h where it is multiplied by W_hh, for each gate
 
     def __init__(self, params):
         self.params = params
@@ -300,9 +336,9 @@ class Cell:
         """The gradient of W_hh h + b_hh among that of all sums."""
         return d[:, : self.gates]
 
-    def weight_gradients(self, d, gates, h, kept):
+    def weight_gradients(self, d, gates, h, kept, masks):
         """Gradients of the recurrent weights; all arguments have the rows of all steps. `h` is that before the step."""
-        return {"weight_hh": self.recurrent(d).T @ h}
+        return {"weight_hh": _weight_gradient(self.recurrent(d), h, masks)}
 
 
 class RNN(Cell):
@@ -313,14 +349,14 @@ class RNN(Cell):
 
     def forward(self, sums, state):
         (h,) = state
-        sums += h @ self.W_hh.T
+        sums += _times(h, self.W_hh, self.masks)
         self.activation(sums)
         return (sums,), None
 
     def backward(self, d_state, gates, before, kept, d):
         (dh,) = d_state
         d[:] = self.derivative(gates, dh)
-        return (d @ self.W_hh,)
+        return (_times_back(d, self.W_hh, self.masks),)
 
 
 class ReluRNN(RNN):
@@ -351,7 +387,7 @@ class LSTM(Cell):
 
     def forward(self, sums, state):
         h, c = state
-        sums += h @ self.W_hh.T
+        sums += _times(h, self.W_hh, self.masks)
         i, f, g, o = _blocks(sums, 4)
         sigmoid(sums[:, : 2 * self.H])  # i and f
         tanh(g)
@@ -371,7 +407,7 @@ class LSTM(Cell):
         df[:] = d_sigmoid(f, dc * c)
         dg[:] = d_tanh(g, dc * i)
         do[:] = d_sigmoid(o, dh * tanh_c)
-        return d[:, : self.gates] @ self.W_hh, dc * f
+        return _times_back(d[:, : self.gates], self.W_hh, self.masks), dc * f
 
 
 class ProjectedLSTM(LSTM):
@@ -391,9 +427,9 @@ class ProjectedLSTM(LSTM):
         d[:, self.gates :] = dh
         return super().backward((dh @ self.W_hr, dc), gates, before, kept, d)
 
-    def weight_gradients(self, d, gates, h, kept):
+    def weight_gradients(self, d, gates, h, kept, masks):
         m = gates[:, 3 * self.H :] * kept  # o tanh(c')
-        return super().weight_gradients(d, gates, h, kept) | {"weight_hr": d[:, self.gates :].T @ m}
+        return super().weight_gradients(d, gates, h, kept, masks) | {"weight_hr": d[:, self.gates :].T @ m}
 
 
 class GRU(Cell):
@@ -423,7 +459,7 @@ class GRU(Cell):
 
     def forward(self, sums, state):
         (h,) = state
-        over_h = h @ self.W_hh.T
+        over_h = _times(h, self.W_hh, self.masks)
         if "bias_hh" in self.params:
             over_h += self.params["bias_hh"]
         r, z, n = _blocks(sums, 3)
@@ -443,7 +479,7 @@ class GRU(Cell):
         dz[:] = d_sigmoid(z, dh * (h - n))
         dr[:] = d_sigmoid(r, dn * m)
         dr_h[:], dz_h[:], dm[:] = dr, dz, dn * r
-        return (dh * z + self.recurrent(d) @ self.W_hh,)
+        return (dh * z + _times_back(self.recurrent(d), self.W_hh, self.masks),)
 
 
 class GRUResetBefore(Cell):
@@ -468,9 +504,10 @@ class GRUResetBefore(Cell):
         (h,) = state
         r, z, n = _blocks(sums, 3)
         rz = sums[:, : 2 * self.H]
-        rz += h @ self.W_rz.T
+        of_rz, of_n = self._split(self.masks)
+        rz += _times(h, self.W_rz, of_rz)
         sigmoid(rz)
-        n += (r * h) @ self.W_n.T
+        n += _times(r * h, self.W_n, of_n)
         tanh(n)
         return ((1 - z) * n + z * h,), None
 
@@ -480,13 +517,21 @@ class GRUResetBefore(Cell):
         dr, dz, dn = _blocks(d, 3)
         dn[:] = d_tanh(n, dh * (1 - z))
         dz[:] = d_sigmoid(z, dh * (h - n))
-        drh = dn @ self.W_n
+        of_rz, of_n = self._split(self.masks)
+        drh = _times_back(dn, self.W_n, of_n)
         dr[:] = d_sigmoid(r, drh * h)
-        return (dh * z + drh * r + d[:, : 2 * self.H] @ self.W_rz,)
+        return (dh * z + drh * r + _times_back(d[:, : 2 * self.H], self.W_rz, of_rz),)
 
-    def weight_gradients(self, d, gates, h, kept):
+    def weight_gradients(self, d, gates, h, kept, masks):
+        of_rz, of_n = self._split(masks)
         rh = gates[:, : self.H] * h
-        return {"weight_hh": np.concatenate([d[:, : 2 * self.H].T @ h, d[:, 2 * self.H :].T @ rh])}
+        d_rz, d_n = d[:, : 2 * self.H], d[:, 2 * self.H :]
+        return {"weight_hh": np.concatenate([_weight_gradient(d_rz, h, of_rz), _weight_gradient(d_n, rh, of_n)])}
+
+    @staticmethod
+    def _split(masks):
+        """The masks of r and z, and that of n."""
+        return (None, None) if masks is None else (masks[:2], masks[2:])
 
 
 CELLS = {

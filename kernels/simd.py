@@ -257,6 +257,18 @@ def store(typingctx, array, index, value, n):
 
 
 @intrinsic
+def spread(typingctx, places, start, step):
+    """Tuple of start + place * step, for each of `places` (a tuple of integers)."""
+
+    def emit(context, builder, sig, args):
+        places = cgutils.unpack_tuple(builder, args[0])
+        values = [builder.add(args[1], builder.mul(place, args[2])) for place in places]
+        return context.make_tuple(builder, sig.return_type, values)
+
+    return types.UniTuple(types.intp, len(places))(places, types.intp, types.intp), emit
+
+
+@intrinsic
 def load_each(typingctx, array, index, places, step, n):
     """Tuple of the vectors at array[index + place * step], one for each of `places` (a tuple of integers)."""
     vector = vector_of(array)

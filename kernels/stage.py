@@ -11,8 +11,10 @@ does.
 
 from __future__ import annotations
 
+import functools
 import zlib
 from pathlib import Path
+from typing import NamedTuple
 
 from numba import typeof
 from numba.core import types
@@ -41,10 +43,17 @@ CHECKSUM = _checksum()
 STAGES = {stage.name: stage for cell in CELLS.values() for stage in cell.stages}
 
 
+class Masked(NamedTuple):
+    """A stage whose operand h is multiplied by a mask: the same for all gates, or one for each."""
+
+    stage: Stage
+    each: bool
+
+
 class StageType(types.Type):
-    def __init__(self, stage_name):
-        self.stage_name = stage_name
-        super().__init__(name=f"Stage({stage_name}, {CHECKSUM})")
+    def __init__(self, stage_name, masked="", each=False):
+        self.stage_name, self.masked, self.each = stage_name, bool(masked), each
+        super().__init__(name=f"Stage({stage_name}{masked}, {CHECKSUM})")
 
 
 class SourceType(types.Type):
@@ -69,6 +78,11 @@ def _typeof_stage(stage, c):
     return StageType(stage.name)
 
 
+@typeof_impl.register(Masked)
+def _typeof_masked(masked, c):
+    return StageType(masked.stage.name, " with masks" if masked.each else " with a mask", masked.each)
+
+
 @typeof_impl.register(Source)
 def _typeof_source(source, c):
     return SourceType()
@@ -88,9 +102,11 @@ def _units(stage: Stage) -> int:
 UNITS = {name: _units(stage) for name, stage in STAGES.items()}
 
 
-def _constants(stage: Stage) -> dict:
+@functools.cache
+def _constants(stage: Stage, masked: bool, each: bool) -> dict:
     """What a kernel may ask of a stage besides its own fields, as tuples whose length is known to the compiler."""
     width = UNITS[stage.name]
+    masks = stage.h_blocks if each else (0,)
     return {
         **stage._asdict(),
         "units": width,
@@ -100,20 +116,20 @@ def _constants(stage: Stage) -> dict:
         "carried_places": tuple(2 for _ in stage.carried),
         "gives_h": H in stage.results,
         "carries_h": H in stage.carried,
+        "masked": masked,
+        "operands": tuple(range(len(masks))),  # what the product multiplies: one for all gates, or one for each
+        "masks": masks if masked else None,  # the numbers of their masks
     }
-
-
-CONSTANTS = {name: _constants(stage) for name, stage in STAGES.items()}
 
 
 def _attribute(field):
     @overload_attribute(StageType, field)
     def get(stage):
-        value = CONSTANTS[stage.stage_name][field]
+        value = _constants(STAGES[stage.stage_name], stage.masked, stage.each)[field]
         return lambda stage: value
 
 
-for _field in next(iter(CONSTANTS.values())):
+for _field in _constants(next(iter(STAGES.values())), False, False):
     if _field not in ("name", "forward", "backward"):
         _attribute(_field)
 

@@ -32,6 +32,7 @@ from fastrnn.kernels.simd import (
     load,
     load_each,
     prefetch,
+    spread,
     store,
     store_each,
 )
@@ -70,6 +71,7 @@ class Sequences(NamedTuple):
     active: np.ndarray  # [T]; empty where all are active at all times
     reset: np.ndarray  # [T, B]; empty where there are none
     reverse: bool
+    masks: np.ndarray  # [masks, B, ld]: rows in `order`; empty where the recurrent product has none
 
 
 class Weights(NamedTuple):
@@ -86,6 +88,7 @@ class Scratch(NamedTuple):
     ahead: int  # steps whose products with x are made together; 0: each step makes its own
     first: np.ndarray  # gate sums [row][panel][slot][unit], of `ahead` steps or of one panel
     second: np.ndarray  # the same of a second stage, of one panel
+    masked: np.ndarray  # [operands][row][ld]: what a product with masks multiplies
     places: np.ndarray  # of rows in x (those of `ahead` steps), and then
     buffer: int  # of each row in a buffer,
     output: int  # in output,
@@ -98,7 +101,7 @@ JOB = np.dtype(
     [
         (name, np.int64)
         for name in """steps batch inputs hidden h ld slots  output_row column tape tape_row tape_start order active
-        reset reverse  ahead values  row0 row1 part sync  checksum""".split()
+        reset reverse masks  ahead values masked  row0 row1 part sync  checksum""".split()
     ]
     + [(name, np.int64, 2) for name in "packed packed_h packed_bias sums".split()]
     + [("places", np.int64, 4), ("params", np.int64, 5), ("counts", np.int64, 5)]
@@ -135,6 +138,7 @@ class Way(NamedTuple):
     d_final: tuple  # gradients of the final states [B, .], in the caller's order; empty for 0
     d_initial: tuple  # and of the initial ones
     previous: np.ndarray  # [states, Q, ld]: states before each step of the chunk
+    masked: np.ndarray  # [operands, Q, ld]: where there are masks, what the products multiplied, of all stages
     d: np.ndarray  # [Q, d_row]: gate gradients of the chunk
     d_row: int
     numbers: np.ndarray  # [Q]: t * B + b of each row
@@ -173,6 +177,19 @@ def is_reset(walk, number):
     return given(walk.reset) and walk.reset[number] != 0
 
 
+@register_jitable
+def _mask(masks, size, walk, row, source, at, target, to, apart, count):
+    """target[to + i * apart] = source[at] times the row's mask number masks[i], for each of a stage's masks."""
+    if masks is None:
+        return  # and nothing of what follows is compiled
+    width = lanes(source)
+    for i in range(len(masks)):
+        mask = (masks[i] * size.batch + row) * size.ld
+        for j in range(0, count, width):
+            value = load(source, at + j, count - j) * load(walk.masks, mask + j, width)
+            store(target, to + i * apart + j, value, width)
+
+
 # ---- forward
 
 
@@ -204,7 +221,7 @@ def _project_ahead(stage, size, walk, weights, scratch, s, s1, row0, row1, p0, p
         for r in range(rows):
             _fill(scratch.first, (r * panels + p) * panel, weights.packed, weights.bias + p * panel, panel)
         multiply(
-            stage.x_columns, rows, 1, walk.x, 0, scratch.places, 0, weights.packed, p * w_panel, 0, size.inputs,
+            stage.x_columns, rows, 1, walk.x, (0,), scratch.places, 0, weights.packed, p * w_panel, 0, size.inputs,
             scratch.first, p * panel, panels * panel, 0,
         )  # fmt: skip
 
@@ -226,7 +243,15 @@ def _forward_stage(
     x_panel = size.inputs * len(stage.x_columns) * width
     h_panel = k_count * len(stage.h_columns) * width
     h_start = (len(stage.slots) - len(stage.h_blocks)) * panel_units
-    operand = step.before if stage.operand == 0 else step.now + stage.operand * value_size
+    operand, operand_at, apart = values, step.row0 * size.ld, 0
+    operand_at += step.before if stage.operand == 0 else step.now + stage.operand * value_size
+    if stage.masked:
+        apart = step.rows * size.ld
+        for r in range(step.rows):
+            at = operand_at + r * size.ld
+            _mask(stage.masks, size, walk, step.row0 + r, values, at, scratch.masked, r * size.ld, apart, k_count)
+        operand, operand_at = scratch.masked, 0
+    operands = spread(stage.operands, operand_at, apart)
     together = panels_together(step.rows, len(stage.h_columns))
     p = p0
     while p < p1:
@@ -240,12 +265,12 @@ def _forward_stage(
                     _fill(g, r * g_row, weights.packed, weights.bias + p * panel, g_row)
                 if len(stage.x_blocks) > 0:
                     multiply(
-                        stage.x_columns, n, count, walk.x, 0, places, place + r0, weights.packed, p * x_panel, x_panel,
-                        size.inputs, g, g0, g_row, panel,
+                        stage.x_columns, n, count, walk.x, (0,), places, place + r0, weights.packed, p * x_panel,
+                        x_panel, size.inputs, g, g0, g_row, panel,
                     )  # fmt: skip
             multiply(
-                stage.h_columns, n, count, values, operand + step.row0 * size.ld, scratch.places, scratch.buffer + r0,
-                weights.packed, weights.h + p * h_panel, h_panel, k_count, g, g0 + h_start, g_row, panel,
+                stage.h_columns, n, count, operand, operands, scratch.places, scratch.buffer + r0, weights.packed,
+                weights.h + p * h_panel, h_panel, k_count, g, g0 + h_start, g_row, panel,
             )  # fmt: skip
             for r in range(n):
                 for i in range(count * stage.units):
@@ -353,12 +378,13 @@ def forward_rows(first, second, jobs, number, parts, x, output, initial, final, 
     walk = Sequences(
         x, output, job.output_row, job.column, at_address(job.tape, x), job.tape_row, job.tape_start,
         integers_at(job.order), integers_at(job.active), flags_at(job.reset), job.reverse != 0,
+        at_address(job.masks, x),
     )  # fmt: skip
     weights = Weights(at_address(job.packed[0], x), job.packed_h[0], job.packed_bias[0])
     weights2 = Weights(at_address(job.packed[1], x), job.packed_h[1], job.packed_bias[1])
     scratch = Scratch(
-        job.ahead, at_address(job.sums[0], x), at_address(job.sums[1], x), integers_at(job.places[0]), job.places[1],
-        job.places[2], job.places[3],
+        job.ahead, at_address(job.sums[0], x), at_address(job.sums[1], x), at_address(job.masked, x),
+        integers_at(job.places[0]), job.places[1], job.places[2], job.places[3],
     )  # fmt: skip
     crew = Crew(job.row0, job.row1, job.part, parts, integers_at(job.sync))
     _forward_rows(
@@ -464,7 +490,7 @@ def _multiply_panels(a, a0, places, rows, w, k_count, c, c0, c_row, p0, p1):
     """C[row] += A[row] W for the panels p0 to p1 of a plain product."""
     width = VECTORS * lanes(c)
     for p in range(p0, p1):
-        multiply(COLUMNS, rows, 1, a, a0, places, 0, w, p * k_count * width, 0, k_count, c, c0 + p * width, c_row, 0)
+        multiply(COLUMNS, rows, 1, a, (a0,), places, 0, w, p * k_count * width, 0, k_count, c, c0 + p * width, c_row, 0)
 
 
 @register_jitable
@@ -487,6 +513,18 @@ def _gather_previous(size, walk, way, s, row, q):
         else:
             at = (earlier - walk.tape_start * size.batch) * walk.tape_row + TAPE_OF_C * size.hidden
             _copy(walk.tape, at, way.previous, to, count)
+
+
+@register_jitable
+def _gather_operands(first, second, size, walk, way, row, q):
+    """What the products with masks have multiplied at a step of a row."""
+    apart = way.chunk_rows * size.ld
+    if first.masked:
+        _mask(first.masks, size, walk, row, way.previous, q * size.ld, way.masked, q * size.ld, apart, size.h)
+    if second is not None and second.masked:  # what the first stage handed over stands in its tape
+        at = (way.numbers[q] - walk.tape_start * size.batch) * walk.tape_row + first.saves[-1] * size.hidden
+        to = len(first.operands) * apart + q * size.ld
+        _mask(second.masks, size, walk, row, walk.tape, at, way.masked, to, apart, size.hidden)
 
 
 @register_jitable
@@ -523,26 +561,34 @@ def _backward_stage(
 
 
 @register_jitable
-def _hand_back(size, walk, way, back, carries, g, places, step, q0, p0, p1):
+def _hand_back(stage, size, walk, way, back, g, places, step, q0, p0, p1):
     """The gradient of h before a step: the panels p0 to p1 of d W_hh, and what is carried.
 
-    The sums are made in g, this thread's own, and only then written: another thread may be writing the same.
+    The sums are made in g, this thread's own, and only then written: another thread may be writing the same. With
+    masks, those of each of the product's operands are made by themselves, behind the total.
     """
     width = VECTORS * lanes(g)
+    share = back.count // len(stage.operands)
     for p in range(p0, p1):
         for r0 in range(0, step.rows, ROWS):
             n = min(ROWS, step.rows - r0)
             to = step.now + (step.row0 + r0) * size.ld + p * width
             for r in range(n):
                 places[r] = (q0 + r0 + r) * way.d_row
-                if carries:
+                if stage.carries_h:
                     _copy(way.carried, to + r * size.ld, g, r * width, width)
-            if not carries:
+            if not stage.carries_h:
                 clear(g, 0, n * width)
-            w = p * back.count * width
-            multiply(
-                COLUMNS, n, 1, way.d, back.column, places, 0, back.weights, w, 0, back.count, g, 0, width, 0
-            )  # fmt: skip
+            sums = n * width if stage.masked else 0
+            for i in range(len(stage.operands)):
+                if stage.masked:
+                    clear(g, sums, n * width)
+                multiply(
+                    COLUMNS, n, 1, way.d, (back.column + i * share,), places, 0, back.weights,
+                    (p * back.count + i * share) * width, 0, share, g, sums, width, 0,
+                )  # fmt: skip
+                if stage.masked:
+                    _add_masked(stage.masks, i, size, walk, step.row0 + r0, p * width, g, sums, n, width)
             for r in range(n):
                 if is_reset(walk, way.numbers[q0 + r0 + r]):
                     clear(way.dh, to + r * size.ld, width)
@@ -550,6 +596,19 @@ def _hand_back(size, walk, way, back, carries, g, places, step, q0, p0, p1):
                     clear(way.carried, to + r * size.ld, width if (p + 1) * width < size.h else size.ld - p * width)
                 else:
                     _copy(g, r * width, way.dh, to + r * size.ld, width)
+
+
+@register_jitable
+def _add_masked(masks, i, size, walk, row0, unit, g, sums, rows, width):
+    """g[r] += g[sums + r] times row row0 + r's mask number masks[i] of the units from `unit` on."""
+    if masks is None:
+        return
+    for r in range(rows):
+        mask = (masks[i] * size.batch + row0 + r) * size.ld + unit
+        for j in range(0, width, lanes(g)):
+            at = r * width + j
+            more = load(g, sums + at, width) * load(walk.masks, mask + j, width)
+            store(g, at, load(g, at, width) + more, width)
 
 
 @register_jitable
@@ -616,10 +675,11 @@ def backward_rows(
             for r in range(step.rows):
                 way.numbers[q0 + r] = number_of(walk, size, time_of(walk, size, s), row0 + r)
                 _gather_previous(size, walk, way, s, row0 + r, q0 + r)
+                _gather_operands(first, second, size, walk, way, row0 + r, q0 + r)
         while True:  # once; or once more, by a thread that goes on alone
             p0, p1 = panels * part // share, panels * (part + 1) // share
             if i > 0:
-                _hand_back(size, walk, way, back, first.carries_h, g, places, after, q_after, p0, p1)
+                _hand_back(first, size, walk, way, back, g, places, after, q_after, p0, p1)
             if s >= s0:
                 _backward_stages(
                     first, second, size, walk, way, back2, d_output, places, step, q0, p0 * width, p1 * width
@@ -671,6 +731,10 @@ def _backward_stages(first, second, size, walk, way, back2, d_output, places, st
             way.d, back2.column, places, step.rows, back2.weights, back2.count, way.middle, to, size.ld, 0,
             (size.hidden + width - 1) // width,
         )  # fmt: skip
+        if second.masked:
+            for row in range(step.row0, step.row0 + step.rows):
+                at = row * size.ld
+                _mask(second.masks, size, walk, row, way.middle, at, way.middle, at, 0, size.hidden)
         # What the second stage carries back goes through the first as well.
         carried_at = step.now if len(second.carried_places) > 0 else step.before
         _backward_stage(
@@ -701,7 +765,7 @@ def _input_rows(size, way, wx, x_rows, dx, g, places, rows, p):
     """Panel p of dx for the rows at `places`."""
     width = VECTORS * lanes(g)
     clear(g, 0, rows * width)
-    multiply(COLUMNS, rows, 1, way.d, 0, places, 0, wx, p * x_rows * width, 0, x_rows, g, 0, width, 0)
+    multiply(COLUMNS, rows, 1, way.d, (0,), places, 0, wx, p * x_rows * width, 0, x_rows, g, 0, width, 0)
     for r in range(rows):
         _copy(g, r * width, dx, places[ROWS + r] + p * width, min(width, size.inputs - p * width))
 
