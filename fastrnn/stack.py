@@ -98,7 +98,7 @@ def forward(
             # Both directions write into one buffer, which is the next layer's input as it is.
             output = np.empty((*x.shape[:2], D * W), one.dtype)
         options = {"lengths": lengths, "reset": reset, "reverse": d == 1, "training": training}
-        factors = recurrent_masks[k] if recurrent_masks else None
+        factors = recurrent_masks[k] if len(recurrent_masks) else None
         _, new, tape = one.forward(
             x, tuple([s[k] for s in states]), **options, output=output, column=d * W, recurrent_masks=factors
         )
@@ -136,7 +136,7 @@ def backward(
             k = layer * D + d
             own = tuple([s[k] for s in states])
             options = {"lengths": lengths, "reset": reset, "reverse": d == 1}
-            options["recurrent_masks"] = recurrent_masks[k] if recurrent_masks else None
+            options["recurrent_masks"] = recurrent_masks[k] if len(recurrent_masks) else None
             one = prepared[k].tape(below, own, outputs[layer], d * W, tapes[k], **options)
             columns = gradient if gradient is None or D == 1 else gradient[..., d * W : (d + 1) * W]
             d_last = tuple([None if s is None else s[k] for s in d_states])
