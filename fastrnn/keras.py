@@ -1,18 +1,20 @@
 """Keras: SimpleRNN, LSTM and GRU in place of those of keras.layers, with their arguments, weights and results.
 
->>> from fastrnn.keras import LSTM  # doctest: +SKIP
->>> model = keras.Sequential([keras.layers.Embedding(1000, 64), LSTM(128), keras.layers.Dense(10)])  # doctest: +SKIP
+>>> import keras
+>>> from fastrnn.keras import LSTM
+>>> model = keras.Sequential([keras.layers.Embedding(1000, 64), LSTM(128), keras.layers.Dense(10)])
+>>> model.compile("adam", "sparse_categorical_crossentropy")
 
 `convert` puts them into a model that is there already, and `restore` takes them out again. They are subclasses of
 Keras's, and only the loop over time is another: it runs in this library's kernels on the CPU, with the backends
 PyTorch, JAX, TensorFlow and NumPy (which cannot train). They are saved under the package "fastrnn": import this module
 before loading a model that has them.
 
-Where they differ from Keras's own: in half precision they compute in float32 and round the results; ``use_cudnn`` and
-``unroll`` mean nothing, only with JAX and NumPy an unrolled loop treats masked steps as Keras's does there; with
-TensorFlow they are not compiled by XLA, and a model that leaves Python, by ``model.export``, has to be restored before;
-there are no second derivatives with PyTorch and TensorFlow, but an error. What the kernels do not have, other
-activations for example, is left to Keras's own loop, and a warning says so, once a layer.
+Where they differ from Keras's own: in half precision they compute in float32 and round the results. ``use_cudnn`` and
+``unroll`` mean nothing, only with JAX and NumPy an unrolled loop treats masked steps as Keras's does there. With
+TensorFlow they are not compiled by XLA, and there are no second derivatives, but an error. A model that leaves Python,
+by ``model.export``, has to be restored before. What the kernels do not have, other activations for example, and all on
+a GPU is left to Keras's own loop, and a warning says so, once a layer.
 """
 
 import functools
@@ -93,7 +95,7 @@ class _Call(NamedTuple):
         T, B, _ = x.shape
         options: dict[str, Any] = {"rows": (functional.check_lengths(lengths, T, B), None)}
         if masks is not None:
-            options["recurrent_masks"] = masks
+            options["recurrent_masks"] = [masks]
         return stack.prepare(self.spec, params), x, tuple(state[None] for state in states), options
 
 
@@ -112,7 +114,30 @@ def _with_torch() -> Callable[[_Call, list[Tensor], bool], list[Tensor]]:
 
     import fastrnn.torch  # it defines the operators  # noqa: F401
 
+    class Masked(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, call: _Call, *tensors: Tensor) -> tuple[Tensor, ...]:
+            results = call.forward([tensor.detach().numpy() for tensor in tensors], training=True)
+            output, *last, tape = map(torch.from_numpy, results)
+            ctx.call = call
+            ctx.save_for_backward(*tensors, output, tape)
+            ctx.set_materialize_grads(False)
+            return output, *last
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx: Any, *d: Tensor | None) -> tuple[Any, ...]:
+            *given, output, tape = [tensor.detach().numpy() for tensor in ctx.saved_tensors]
+            d_output, *d_last = [None if one is None else one.numpy() for one in d]
+            gradients = ctx.call.backward(given, output, tape, d_output, d_last)
+            rest = len(given) - len(gradients)
+            return None, *map(torch.from_numpy, gradients), *[None] * rest
+
+    masked = torch.compiler.disable(Masked.apply)
+
     def run(call: _Call, tensors: list[Tensor], training: bool) -> list[Tensor]:
+        if call.masks:  # which the operators do not take
+            return list(masked(call, *tensors))
         x, states, params, lengths, _ = call.split(tensors)
         h, c = (*[state[None] for state in states], None)[:2]
         taped = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *states, *params))
@@ -123,9 +148,48 @@ def _with_torch() -> Callable[[_Call, list[Tensor], bool], list[Tensor]]:
 
 
 def _with_jax() -> Callable[[_Call, list[Tensor], bool], list[Tensor]]:
+    import jax
+
     import fastrnn.jax
 
+    def call_back(function: Callable[..., list[Array]], shapes: list[Any], tensors: Sequence[Tensor]) -> list[Tensor]:
+        def compute(*arrays: Tensor) -> list[Array]:
+            return function([np.asarray(array) for array in arrays])
+
+        like = [jax.ShapeDtypeStruct(shape, tensors[0].dtype) for shape in shapes]
+        return jax.pure_callback(compute, like, *tensors, vmap_method="sequential")
+
+    def forward(call: _Call, tensors: Sequence[Tensor]) -> list[Tensor]:
+        x, states, params, *_ = call.split(tensors)
+        (T, B, _), H = x.shape, states[0].shape[-1]
+        shapes = [(T, B, H), *[state.shape for state in states], *call.spec.kept_shapes(T, B, params)]
+        return call_back(functools.partial(call.forward, training=True), shapes, tensors)
+
+    @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+    def masked(call: _Call, *tensors: Tensor) -> list[Tensor]:
+        return forward(call, tensors)[:-1]
+
+    def keep(call: _Call, *tensors: Tensor) -> Any:
+        output, *last, tape = forward(call, tensors)
+        return [output, *last], (tensors, output, tape)
+
+    def go_back(call: _Call, kept: Any, d: list[Tensor]) -> Any:
+        tensors, output, tape = kept
+        number = len(tensors)
+        differentiable = 1 + call.states + call.params
+
+        def compute(arrays: list[Array]) -> list[Array]:
+            output, tape, d_output, *d_last = arrays[number:]
+            return call.backward(arrays[:number], output, tape, d_output, d_last)
+
+        shapes = [tensor.shape for tensor in tensors[:differentiable]]
+        return *call_back(compute, shapes, [*tensors, output, tape, *d]), *[None] * (number - differentiable)
+
+    masked.defvjp(keep, go_back)
+
     def run(call: _Call, tensors: list[Tensor], training: bool) -> list[Tensor]:
+        if call.masks:  # which fastrnn.jax does not take
+            return masked(call, *tensors)
         x, states, params, lengths, _ = call.split(tensors)
         named = {f"{name}_l0": param for name, param in zip(call.spec.names, params, strict=True)}
         kind, _, variant = call.cell.partition("_")
@@ -190,6 +254,24 @@ def _runner() -> Callable[[_Call, list[Tensor], bool], list[Tensor]]:
     return ways[_BACKEND]()
 
 
+@functools.cache
+def _has_gpu() -> bool:
+    """Whether Keras computes on a GPU, or another device, unless it is told not to."""
+    if _BACKEND == "torch":
+        import torch
+
+        return torch.cuda.is_available()
+    if _BACKEND == "jax":
+        import jax
+
+        return jax.default_backend() != "cpu"
+    if _BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        return len(tf.config.list_physical_devices()) > len(tf.config.list_physical_devices("CPU"))
+    return False
+
+
 # ---- masks: a masked step changes nothing, and so the other steps are computed alone, side by side
 
 
@@ -222,8 +304,11 @@ class _Steps:
 
         if before is None:
             # Beyond a row's length the output is 0 as it is.
-            rest = functools.partial(ops.zeros_like, output)
-            return ops.cond(self.in_front, lambda: output, lambda: ops.where(self.mask[:, :, None], back(), rest()))
+            return ops.cond(
+                self.in_front,
+                lambda: output,
+                lambda: ops.where(self.mask[:, :, None], back(), ops.zeros_like(output)),
+            )
         return ops.where(self.seen[:, :, None] > 0, back(), before[:, None, :])
 
 
@@ -258,22 +343,28 @@ class _Recurrent(keras.layers.RNN):
 
     def _run(self, x: Tensor, states: list[Tensor], params: list[Tensor], steps: _Steps | None, training: bool) -> Any:
         """Return the output (B, T, H) of valid steps, and the last states."""
+        masks = []
+        if training and self._drops(self.cell.recurrent_dropout):
+            own = self.cell.get_recurrent_dropout_mask(states[0])
+            masks = [ops.stack([own[gate] for gate in self._order] if isinstance(own, list) else [own])]
         tensors = [ops.transpose(x if steps is None else steps.gather(x), (1, 0, 2)), *states, *params]
         if steps is not None:
             tensors.append(steps.lengths)
         cell = self._kind()
         assert cell is not None  # or Keras's loop would run
-        call = _Call(cell, len(states), len(params), steps is not None, False)
-        output, *last = _runner()(call, tensors, bool(training))
+        call = _Call(cell, len(states), len(params), steps is not None, bool(masks))
+        output, *last = _runner()(call, [*tensors, *masks], bool(training))
         return ops.transpose(output, (1, 0, 2)), last
 
     def _results(self, computed: Any, h: Tensor, steps: _Steps | None) -> Any:
         """Return what Keras's loop would, at masked steps, too."""
         output, last = computed
-        scans = _BACKEND in ("jax", "numpy") and not self.unroll
-        zero = self.zero_output_for_mask and (scans or _BACKEND not in ("jax", "numpy"))
-        # Keras's backends are of two minds about what the output is before the first step that counts.
-        before = None if zero else h if scans else ops.zeros_like(h)
+        # Keras's backends are of two minds about the output before the first step that counts; and these two forget
+        # to make masked steps zero in an unrolled loop.
+        scans = _BACKEND in ("jax", "numpy")
+        before = h if scans and not self.unroll else ops.zeros_like(h)
+        if self.zero_output_for_mask and not (scans and self.unroll):
+            before = None
         if self.return_sequences:
             output = output if steps is None else steps.spread(output, before)
             return output[:, -1], output, last
@@ -328,9 +419,12 @@ class _Recurrent(keras.layers.RNN):
             if hasattr(self, "recurrent_activation"):
                 names.append(keras.activations.serialize(self.recurrent_activation))
             return f"they do not have the activation {' with '.join(map(str, names))}"
-        if training and self._drops(self.cell.recurrent_dropout):
-            return "they do not have recurrent_dropout"
+        if _has_gpu() and getattr(getattr(sequences, "device", None), "type", "gpu") not in ("cpu", "meta"):
+            return "they are not called on a GPU"
         return None
+
+    def _is_left_to_keras(self) -> bool:
+        return self._kind() is None or _has_gpu()
 
     def _tell(self, reason: str) -> None:
         if not getattr(self, "_has_told", False):
@@ -342,8 +436,8 @@ class _Recurrent(keras.layers.RNN):
 
     @property
     def use_cudnn(self) -> Any:
-        """False, for Keras would go past `inner_loop` otherwise; where Keras computes, it may choose."""
-        return "auto" if self._kind() is None else False
+        """False, for Keras would go past `inner_loop` otherwise; where Keras computes, what was asked for."""
+        return self.__dict__.get("use_cudnn", "auto") if self._is_left_to_keras() else False
 
     @use_cudnn.setter
     def use_cudnn(self, value: Any) -> None:
@@ -351,7 +445,7 @@ class _Recurrent(keras.layers.RNN):
 
     @property
     def supports_jit(self) -> bool:
-        return _BACKEND != "tensorflow" or self._kind() is None
+        return self.__dict__.get("supports_jit", True) and (_BACKEND != "tensorflow" or self._is_left_to_keras())
 
     @supports_jit.setter
     def supports_jit(self, value: bool) -> None:
@@ -366,7 +460,7 @@ class SimpleRNN(_Recurrent, keras.layers.SimpleRNN):
 
     Examples
     --------
-    >>> SimpleRNN(5)(np.zeros((4, 7, 3))).shape  # doctest: +SKIP
+    >>> tuple(SimpleRNN(5)(np.zeros((4, 7, 3))).shape)
     (4, 5)
     """
 
@@ -388,7 +482,7 @@ class LSTM(_Recurrent, keras.layers.LSTM):
 
     Examples
     --------
-    >>> LSTM(5, return_sequences=True)(np.zeros((4, 7, 3))).shape  # doctest: +SKIP
+    >>> tuple(LSTM(5, return_sequences=True)(np.zeros((4, 7, 3))).shape)
     (4, 7, 5)
     """
 
@@ -406,7 +500,7 @@ class GRU(_Recurrent, keras.layers.GRU):
 
     Examples
     --------
-    >>> GRU(5)(np.zeros((4, 7, 3))).shape  # doctest: +SKIP
+    >>> tuple(GRU(5)(np.zeros((4, 7, 3))).shape)
     (4, 5)
     """
 
@@ -464,10 +558,11 @@ def convert(model: Any, filter: Filter | None = None) -> Any:
 
     Examples
     --------
-    >>> model = keras.Sequential([keras.layers.LSTM(5), keras.layers.Dense(2)])  # doctest: +SKIP
-    >>> convert(model).layers[0]  # doctest: +SKIP
-    <LSTM name=lstm, built=False>
-    >>> restore(model).save("model.keras")  # for who does not have fastrnn  # doctest: +SKIP
+    >>> model = keras.Sequential([keras.layers.LSTM(5), keras.layers.Dense(2)])
+    >>> type(convert(model).layers[0])
+    <class 'fastrnn.keras.LSTM'>
+    >>> type(restore(model).layers[0]) is keras.layers.LSTM  # for who does not have fastrnn, before it is saved
+    True
     """
     return _swap(model, filter, _class_of_ours, "SimpleRNN, LSTM or GRU of Keras")
 

@@ -1,5 +1,6 @@
 """The layers of fastrnn.keras against Keras's own, with the backend that KERAS_BACKEND names; test_keras.py runs it."""
 
+import doctest
 import warnings
 
 import keras
@@ -16,7 +17,9 @@ TRAINS = BACKEND != "numpy"
 trains = pytest.mark.skipif(not TRAINS, reason="Keras's NumPy backend cannot train")
 theirs = keras.layers
 KINDS = ["SimpleRNN", "LSTM", "GRU"]
-each_kind = pytest.mark.parametrize("kind", KINDS)
+# What these two compile takes long: each kind in some of the checks.
+COMPILES = BACKEND in ("jax", "tensorflow")
+each_kind = pytest.mark.parametrize("kind", KINDS[1:2] if COMPILES else KINDS)
 B, T, I, H = 5, 6, 3, 4
 
 # Only with TensorFlow Keras computes in float64 where it is asked to: elsewhere its products are rounded to float32.
@@ -135,7 +138,7 @@ LAYERS = [
 CELLS = [("SimpleRNN", {}), ("LSTM", {}), ("GRU", {}), ("GRU", {"reset_after": False})]
 MASKS = ["none", "right", "left", "holes"]
 CASES = [(*cell, mask, options) for cell in CELLS for options in LAYERS for mask in MASKS]
-CASES = CASES[:: {"jax": 9, "tensorflow": 5}.get(BACKEND, 1)]  # what they compile takes long
+CASES = CASES[::9] if COMPILES else CASES
 
 
 @pytest.mark.parametrize(("kind", "own", "mask", "options"), CASES, ids=str)
@@ -177,18 +180,21 @@ def test_what_the_kernels_lack_is_said_once_and_left_to_keras(kind, options, rea
     assert layer.supports_jit is keras_layer.supports_jit
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize(
-    ("kind", "options"),
-    [
-        ("SimpleRNN", {"dropout": 0.4}),
-        ("LSTM", {"dropout": 0.4}),
-        ("GRU", {"dropout": 0.4, "reset_after": False}),
-        ("LSTM", {"dropout": 0.4, "implementation": 1, "use_cudnn": False}),
-        ("GRU", {"dropout": 0.4, "implementation": 1, "use_cudnn": False}),
-    ],
-    ids=str,
-)
+DROPPING = [
+    ("LSTM", {"recurrent_dropout": 0.4, "return_sequences": True}),
+    ("SimpleRNN", {"dropout": 0.4}),
+    ("GRU", {"recurrent_dropout": 0.4, "dropout": 0.4, "reset_after": False}),
+    ("GRU", {"dropout": 0.4, "reset_after": False}),
+    ("SimpleRNN", {"recurrent_dropout": 0.4, "dropout": 0.4}),
+    ("LSTM", {"dropout": 0.4}),
+    ("GRU", {"recurrent_dropout": 0.4, "return_state": True, "go_backwards": True}),
+    ("LSTM", {"dropout": 0.4, "implementation": 1, "use_cudnn": False}),
+    ("GRU", {"dropout": 0.4, "implementation": 1, "use_cudnn": False}),
+]
+
+
+@pytest.mark.parametrize("masked", [True] if COMPILES else [False, True])
+@pytest.mark.parametrize(("kind", "options"), DROPPING[::2] if COMPILES else DROPPING, ids=str)
 def test_dropout_draws_the_numbers_that_keras_draws(kind, options, masked, rng, counted):
     keras_layer, layer = pair(kind, rng, **options, seed=11)
     x, mask = rng.normal(size=(B, T, I)).astype(DTYPE), masks(rng)["holes"] if masked else None
@@ -215,7 +221,7 @@ def test_states_go_from_batch_to_batch(kind, rng, counted):
     assert len(counted) == 3
 
 
-@pytest.mark.parametrize("merge_mode", ["concat", "sum", None])
+@pytest.mark.parametrize("merge_mode", [None] if COMPILES else ["concat", "sum", None])
 @each_kind
 def test_bidirectional(kind, merge_mode, rng, counted):
     options = {"return_sequences": merge_mode != "sum", "return_state": merge_mode is None}
@@ -276,12 +282,12 @@ def reader(module=theirs, kinds=("LSTM", "GRU"), **options):
 
 
 def words(rng):
-    x = rng.integers(1, 20, (8, T)).astype("int32")
-    x[:, 2:] *= rng.random((8, T - 2)) < 0.7
+    x = rng.integers(1, 20, (8, 4)).astype("int32")
+    x[:, 1:] *= rng.random((8, 3)) < 0.7
     return x, rng.normal(size=(8, 2)).astype("float32")
 
 
-def fit(model, x, y, epochs=3):
+def fit(model, x, y, epochs=2):
     keras.utils.set_random_seed(9)
     return model.fit(x, y, epochs=epochs, batch_size=4, shuffle=False, verbose=0).history["loss"]
 
@@ -290,7 +296,7 @@ PAIRS = [("LSTM", "GRU"), ("SimpleRNN", "SimpleRNN"), ("GRU", "LSTM")]
 WAYS = {
     "torch": [(kinds, {}) for kinds in PAIRS],
     "jax": [(PAIRS[0], {}), (PAIRS[1], {"jit_compile": False})],
-    "tensorflow": [(PAIRS[0], {}), *[(kinds, {"run_eagerly": True}) for kinds in PAIRS[1:]]],
+    "tensorflow": [(PAIRS[0], {}), (PAIRS[1], {"run_eagerly": True})],
     "numpy": [],
 }
 
@@ -332,7 +338,7 @@ def test_saved_cloned_and_configured(rng, tmp_path, counted):
         assert getattr(ours, kind).from_config(config).get_config() == config
 
 
-@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16", "bfloat16", "float16"])
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "float16", "mixed_float16", "bfloat16"][: 2 if COMPILES else 4])
 @each_kind
 def test_half_precision_is_computed_in_float32(kind, policy, rng, counted):
     half = "bfloat16" if "bfloat16" in policy else "float16"
@@ -369,21 +375,24 @@ def test_float64(rng):
 
 @trains
 def test_a_model_is_converted_in_the_middle_of_its_training(rng, counted):
-    (x, y), (straight, turned) = words(rng), (reader(), reader())
-    for model in (straight, turned):
-        model.compile("adam", "mse", metrics=["mae"])
+    (x, y), models = words(rng), []
+    for _ in range(2):
+        keras.utils.set_random_seed(5)
+        models.append(keras.Sequential([theirs.Embedding(20, I, mask_zero=True), theirs.GRU(H), theirs.Dense(2)]))
+        models[-1].compile("adam", "mse", metrics=["mae"])
+    straight, turned = models
     expected = [fit(straight, x, y) for _ in range(3)]
     losses = [fit(turned, x, y)]
-    layer, optimizer = turned.layers[3], turned.optimizer
+    layer, optimizer = turned.layers[1], turned.optimizer
     assert convert(turned) is turned
-    assert turned.layers[3] is layer
+    assert turned.layers[1] is layer
     assert turned.optimizer is optimizer
-    assert [type(turned.layers[2].backward_layer), type(layer)] == [ours.LSTM, ours.GRU]
+    assert type(layer) is ours.GRU
     assert not counted
     losses.append(fit(turned, x, y))
     assert counted
     assert restore(turned) is turned
-    assert [type(turned.layers[2].backward_layer), type(layer)] == [theirs.LSTM, theirs.GRU]
+    assert type(layer) is theirs.GRU
     counted.clear()
     losses.append(fit(turned, x, y))
     assert not counted
@@ -496,3 +505,9 @@ def test_a_tensorflow_model_is_not_compiled_by_xla(rng):
         model.compile("sgd", "mse", jit_compile=True)
     assert model.jit_compile is (BACKEND != "tensorflow")
     assert any("jit_compile" in str(one.message) for one in told) is (BACKEND == "tensorflow")
+
+
+def test_examples():
+    failed, tried = doctest.testmod(ours)
+    assert tried
+    assert not failed
