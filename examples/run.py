@@ -36,7 +36,7 @@ def title(name: str) -> str:
 
 
 def run(name: str, quick: bool) -> dict[str, Any] | None:
-    """Run an example; return the figures that it printed and the seconds it took, or None without a figure: skipped."""
+    """Run an example; return the figures that it printed and the seconds it took, or None if it says it was skipped."""
     print(f"== {name}: {title(name)}", flush=True)
     start = time.perf_counter()
     command = [sys.executable, str(HERE / f"{name}.py"), *["--quick"] * quick]
@@ -46,8 +46,10 @@ def run(name: str, quick: bool) -> dict[str, Any] | None:
     print(f"{seconds:.0f} s", flush=True)
     if process.returncode:
         raise SystemExit(f"{name} ended with {process.returncode}")
-    figures = [json.loads(line) for line in process.stdout.splitlines() if line.startswith('{"measure"')]
-    return {"seconds": seconds, "figures": figures} if figures else None
+    lines = process.stdout.splitlines() or [""]
+    if lines[-1].startswith("skipped"):
+        return None
+    return {"seconds": seconds, "figures": [json.loads(line) for line in lines if line.startswith('{"measure"')]}
 
 
 def table(results: dict[str, Any]) -> str:
@@ -55,9 +57,12 @@ def table(results: dict[str, Any]) -> str:
     lines = ["| example | what it shows | seconds | measure | fastrnn | baseline |", "|---|---|---|---|---|---|"]
     for name, result in sorted(results["examples"].items()):
         first = [f"[{name}]({name}.py)", title(name), f"{result['seconds']:.0f}"]
-        for figure in result["figures"]:
-            ours, theirs = f"{figure['ours']:.4g}", f"{figure['baseline']}: {figure['theirs']:.4g}"
-            lines.append(f"| {' | '.join([*first, figure['measure'], ours, theirs])} |")
+        rows = [
+            [figure["measure"], f"{figure['ours']:.4g}", f"{figure['baseline']}: {figure['theirs']:.4g}"]
+            for figure in result["figures"]
+        ] or [["", "", ""]]
+        for row in rows:
+            lines.append(f"| {' | '.join([*first, *row])} |")
             first = ["", "", ""]
     return f"{results['machine']}, {results['date']}.\n\n" + "\n".join(lines) + "\n"
 
