@@ -107,7 +107,7 @@ def main() -> None:
     (x, lengths), (x_held, lengths_held), (x_test, lengths_test) = (encode(part, known) for part in parts)
     trainer = Trainer(build(), CrossEntropy(), Adam(2e-3), clip_norm=1.0, metrics={"accuracy": accuracy})
     held = x_held, topics[validation], lengths_held
-    epochs, batch = (3, 16) if quick else (30, 32)
+    epochs, batch = (2, 16) if quick else (30, 32)
     trainer.fit(x, topics[training], lengths=lengths, batch_size=batch, validation=held, epochs=epochs, patience=4)
     ours = scores("LSTM", topics[test], trainer.predict(x_test, lengths=lengths_test).argmax(axis=1))
 
