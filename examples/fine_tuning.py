@@ -55,7 +55,7 @@ def build(hidden: int) -> Sequential:
 
 
 def train(model: Sequential, ids: np.ndarray, held: np.ndarray | None, *, rate: float, epochs: int, batch: int) -> None:
-    """Train a model, if there is a held-out text until it is no better on it; it has the best epoch's weights then."""
+    """Train a model; with a held-out text until it gets no better there, and it has its best epoch's weights then."""
     x, y = streams(ids, batch, STEPS)
     validation = None if held is None else streams(held, batch, STEPS)
     trainer = Trainer(model, CrossEntropy(), Adam(rate), clip_norm=1.0)
