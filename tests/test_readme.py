@@ -9,7 +9,8 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_examples_run():
+def test_examples_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # one writes a checkpoint
     examples = re.findall(r"```python\n(.*?)```", README, re.S)
     assert examples
     for example in examples:
