@@ -319,11 +319,20 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
+def _is_forked() -> bool:
+    """Whether this process is a copy of another one, as Linux knows it: forked, and no program begun since."""
+    try:
+        flags = Path("/proc/self/stat").read_text().rpartition(")")[2].split()[6]
+    except (OSError, IndexError):
+        return False
+    return bool(int(flags) & 0x40)  # PF_FORKNOEXEC
+
+
 def follow(count: Callable[[], int], library: str) -> None:
     """Use as many threads as count() says, where no other number is chosen, and those of `library`'s OpenMP.
 
     The threads stay our own where those cannot be had: on other systems than Linux, with another OpenMP than GNU's, in
-    a forked child, or for more parts than count() threads.
+    a forked child, whose parent may have begun them before this module was there, or for more parts than count() says.
 
     Parameters
     ----------
@@ -334,7 +343,7 @@ def follow(count: Callable[[], int], library: str) -> None:
     """
     global _following, _borrowed
     _following = count
-    if sys.platform == "linux":
+    if sys.platform == "linux" and not _is_forked():
         with contextlib.suppress(OSError, AttributeError):
             _borrowed = _Borrowed(library, count)
 

@@ -273,3 +273,25 @@ def test_a_forked_child(borrowed):
         finally:
             os._exit(status)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+LATE = """
+import os, signal, torch
+torch.set_num_threads(2)
+torch.ones(100_000) + 1  # makes PyTorch's threads, which a child has not
+child = os.fork()
+if child == 0:
+    signal.alarm(60)
+    from fastrnn.kernels import cpu, threads
+    from fastrnn.torch import LSTM
+    cpu.THREAD_FLOPS = 1
+    with torch.no_grad():
+        LSTM(20, 70)(torch.ones(3, 9, 20))
+    os._exit(0 if threads._pool.own.helpers else 2)
+raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_a_child_that_imports_it_after_the_fork():
+    result = subprocess.run([sys.executable, "-c", LATE], capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 0, (result.returncode, result.stderr)
