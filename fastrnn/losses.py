@@ -674,7 +674,7 @@ def mean_squared_error(targets: Any, predictions: Any) -> float:
     2.5
     """
     targets, predictions = _pair(targets, predictions)
-    return float(np.mean(np.square(targets - predictions, dtype=float)))
+    return float(np.mean(np.square(np.subtract(targets, predictions, dtype=float))))
 
 
 def mean_absolute_error(targets: Any, predictions: Any) -> float:
@@ -686,7 +686,7 @@ def mean_absolute_error(targets: Any, predictions: Any) -> float:
     1.5
     """
     targets, predictions = _pair(targets, predictions)
-    return float(np.mean(np.abs(targets - predictions), dtype=float))
+    return float(np.mean(np.abs(np.subtract(targets, predictions, dtype=float))))
 
 
 def perplexity(cross_entropy: float) -> float:

@@ -152,18 +152,19 @@ class Embedding(Layer):
 
     def _apply(self, x: Array, lengths: Any, training: bool) -> tuple[Array, Any]:
         labels = losses.check_labels("x", x, self.num_labels)
-        if labels.ndim < 2:
-            return self.parameters["weight"][labels], (labels, False)
-        # In memory (T, B, size), as the layers want it.
-        return self.parameters["weight"][labels.swapaxes(0, 1)].swapaxes(0, 1), (labels, True)
+        swapped = labels.ndim > 1
+        labels = labels.swapaxes(0, 1) if swapped else labels
+        vectors = self.parameters["weight"][labels]  # of (B, T) labels in memory (T, B, size), as the layers want it
+        # A copy: compiled code writes where these labels say, which must stay as they were checked.
+        kept = (np.array(labels, np.int64, order="C", subok=False).reshape(-1), swapped) if training else None
+        return vectors.swapaxes(0, 1) if swapped else vectors, kept
 
     def _derive(self, kept: Any, d_output: Array) -> tuple[Array | None, Params]:
         from fastrnn.kernels import train as kernels
 
         labels, swapped = kept
         total = np.zeros_like(self.parameters["weight"])
-        labels = np.ascontiguousarray(rows_of(labels, swapped, 0), np.int64)
-        kernels.add_rows(labels, np.ascontiguousarray(rows_of(d_output, swapped)), total)
+        kernels.add_rows(labels, functional.contiguous(rows_of(d_output, swapped)), total)
         if self.padding_index is not None:
             total[self.padding_index] = 0.0
         return None, {"weight": total}
@@ -387,15 +388,14 @@ class Model:
         for name, layer in layers.items():
             if not isinstance(layer, (Layer, Recurrent, Model)):
                 raise TypeError(f"layer {name!r} is a {type(layer).__name__}, expected a layer or a model")
-        if len({id(layer) for layer in layers.values()}) < len(layers):
-            raise ValueError("a layer occurs twice, expected different ones: their gradients would not be added")
         self.layers = dict(layers)
+        inner = [id(layer) for _, layer in self._walk()]
+        if len(set(inner)) < len(inner):
+            raise ValueError("a layer occurs twice, expected different ones: their gradients would not be added")
         self._parameters = Parameters(
             {f"{name}.{own}": array for name, layer in layers.items() for own, array in layer.parameters.items()}
         )
-        self._frozen: set[str] = {
-            f"{name}.{own}" for name, layer in layers.items() if isinstance(layer, Model) for own in layer._frozen
-        }
+        self._frozen: set[str] = set()  # of the layers that are no models, which know their own
 
     def __call__(self, x: Any, state: Any = None, *, lengths: Any = None, reset: Any = None) -> tuple[Array, Any]:
         """Return the output, and the final state."""
@@ -416,8 +416,10 @@ class Model:
 
     @property
     def trainable(self) -> Params:
-        """Those parameters that are not frozen."""
-        return {name: array for name, array in self._parameters.items() if name not in self._frozen}
+        """Those parameters that are not frozen, here or in the model that they belong to."""
+        return {
+            full: self._parameters[full] for full, (model, name) in self._places().items() if name not in model._frozen
+        }
 
     @property
     def num_parameters(self) -> int:
@@ -432,6 +434,15 @@ class Model:
     def check(self, x: Any) -> None:
         """Raise what a call would raise for x, where that can be told before."""
 
+    def check_carried(self) -> None:
+        """Raise if the final state cannot be the initial one of what comes next."""
+        for path, layer in self._walk():
+            if isinstance(layer, Recurrent) and layer.bidirectional:
+                raise ValueError(
+                    f"layer {path!r} is {layer!r}, whose reverse direction begins at the end: no state of it goes on, "
+                    "expected neither truncate nor stateful"
+                )
+
     def freeze(self, *names: str) -> None:
         """Train these parameters no more: names of parameters or layers, or patterns such as "*.bias_hh*".
 
@@ -442,20 +453,32 @@ class Model:
         >>> list(model.trainable)
         ['output.weight', 'output.bias']
         """
-        self._frozen |= self._find(names)
+        for model, name in self._find(names):
+            model._frozen.add(name)
 
     def unfreeze(self, *names: str) -> None:
         """Train these parameters again; see `freeze`."""
-        self._frozen -= self._find(names)
+        for model, name in self._find(names):
+            model._frozen.discard(name)
 
-    def _find(self, names: tuple[str, ...]) -> set[str]:
-        """Return the full names of the parameters that each name stands for."""
-        found = set()
+    def _places(self) -> dict[str, tuple["Model", str]]:
+        """Return, for each parameter, the model whose layer has it and its name there."""
+        places: dict[str, tuple[Model, str]] = {}
+        for name, layer in self.layers.items():
+            if isinstance(layer, Model):
+                places |= {f"{name}.{own}": place for own, place in layer._places().items()}
+            else:
+                places |= {f"{name}.{own}": (self, f"{name}.{own}") for own in layer.parameters}
+        return places
+
+    def _find(self, names: tuple[str, ...]) -> list[tuple["Model", str]]:
+        """Return the places of the parameters that each name stands for."""
+        places, found = self._places(), []
         for name in names:
-            own = {full for full in self._parameters if fnmatch.fnmatchcase(full, name) or full.startswith(f"{name}.")}
+            own = [full for full in places if fnmatch.fnmatchcase(full, name) or full.startswith(f"{name}.")]
             if not own:
-                raise ValueError(f"no parameter is called {name!r}; there are {', '.join(self._parameters)}")
-            found |= own
+                raise ValueError(f"no parameter is called {name!r}; there are {', '.join(places)}")
+            found += [places[full] for full in own]
         return found
 
     def single_bias(self) -> None:
@@ -534,9 +557,11 @@ class Model:
 
     def _count(self, prefix: str) -> tuple[int, int]:
         """Return how many numbers under a prefix are trained, and frozen."""
-        own = {name: array.size for name, array in self._parameters.items() if name.startswith(prefix)}
-        frozen = sum(size for name, size in own.items() if name in self._frozen)
-        return sum(own.values()) - frozen, frozen
+        total, trained = (
+            sum(array.size for name, array in arrays.items() if name.startswith(prefix))
+            for arrays in (self._parameters, self.trainable)
+        )
+        return trained, total - trained
 
     def state_dict(self) -> Params:
         """Return a copy of the parameters by name."""
@@ -826,6 +851,13 @@ class EncoderDecoder(Model):
         """The size of the output's last axis."""
         return self.decoder.output_size
 
+    def check_carried(self) -> None:
+        """Raise: what comes next is another pair."""
+        raise ValueError(
+            "the model is an EncoderDecoder, whose final state is not the next pair's initial one: expected neither "
+            "truncate nor stateful"
+        )
+
     def check(self, x: Any) -> None:
         """Raise what a call would raise for x, where the first layers can tell."""
         (source, target), _ = self._split(x, None, None)
@@ -898,7 +930,9 @@ class EncoderDecoder(Model):
         list of list of int
             The labels of each row, without `stop`.
         """
-        limit = functional.check_integer("limit", limit, 0)
+        limit, stop = functional.check_integer("limit", limit, 0), functional.check_integer("stop", stop, 0)
+        if self.output_size is not None and stop >= self.output_size:
+            raise ValueError(f"stop is {stop}, expected one of the output's {self.output_size} labels")
         _, coded = self.encoder(source, lengths=lengths)
         state: Any = self._bridge(coded)
         label = np.full(len(source), functional.check_integer("start", start, 0))
@@ -1105,9 +1139,11 @@ def _draw(logits: Array, temperature: float, top_k: int | None, random: np.rando
     if temperature == 0.0:
         return logits.argmax(axis=-1)
     if top_k is not None and top_k < logits.shape[-1]:
-        least = np.partition(logits, -top_k, axis=-1)[:, -top_k, None]
-        logits = np.where(logits < least, -np.inf, logits)
-    sums = losses.softmax(logits / temperature).cumsum(axis=-1)
+        others = np.argpartition(logits, -top_k, axis=-1)[:, :-top_k]
+        np.put_along_axis(logits, others, -np.inf, axis=-1)
+    logits -= logits.max(axis=-1, keepdims=True)
+    with np.errstate(over="ignore"):  # a small temperature makes -infinity of what is less probable
+        sums = losses.softmax(logits / temperature).cumsum(axis=-1)
     return (sums <= random.random((len(sums), 1)) * sums[:, -1:]).sum(axis=-1)
 
 

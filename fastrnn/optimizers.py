@@ -236,6 +236,8 @@ class Optimizer:
     schedule : Schedule
     steps : int
         How many updates were made.
+    updates : dict of str to int
+        How many of them each parameter had: fewer where it was frozen for a while.
     slots : dict of str to dict
         What it remembers, such as "mean" and "square", for each parameter by name.
     """
@@ -244,6 +246,7 @@ class Optimizer:
         self.schedule = as_schedule(learning_rate)
         self.weight_decay = check_number("weight_decay", weight_decay, 0.0)
         self.steps = 0
+        self.updates: dict[str, int] = {}
         self.slots: dict[str, Params] = {slot: {} for slot in slots}
 
     @property
@@ -275,10 +278,14 @@ class Optimizer:
         self.steps += 1
         for name, gradient in gradients.items():
             parameter = parameters[name]
-            own = [self.slots[slot].setdefault(name, np.zeros_like(parameter)) for slot in self.slots]
-            self._update(parameter, gradient, rate, *own)
+            for slot in self.slots.values():
+                if name not in slot:
+                    slot[name] = np.zeros_like(parameter)
+            count = self.updates[name] = self.updates.get(name, 0) + 1
+            self._update(parameter, gradient, rate, count, *[slot[name] for slot in self.slots.values()])
 
-    def _update(self, parameter: Array, gradient: Array, rate: float, *slots: Array) -> None:
+    def _update(self, parameter: Array, gradient: Array, rate: float, count: int, *slots: Array) -> None:
+        """Make the parameter's update number `count`, from 1."""
         raise NotImplementedError
 
     def _decayed(self, parameter: Array, gradient: Array) -> Array:
@@ -320,7 +327,7 @@ class SGD(Optimizer):
             raise ValueError("nesterov is True with momentum=0, expected a momentum above 0")
         super().__init__(learning_rate, weight_decay, ("velocity",) if momentum else ())
 
-    def _update(self, parameter: Array, gradient: Array, rate: float, *slots: Array) -> None:
+    def _update(self, parameter: Array, gradient: Array, rate: float, count: int, *slots: Array) -> None:
         gradient = self._decayed(parameter, gradient)
         for velocity in slots:
             velocity *= self.momentum
@@ -370,7 +377,7 @@ class RMSprop(Optimizer):
         slots = ("square",) + ("velocity",) * bool(momentum) + ("mean",) * centered
         super().__init__(learning_rate, weight_decay, slots)
 
-    def _update(self, parameter: Array, gradient: Array, rate: float, *slots: Array) -> None:
+    def _update(self, parameter: Array, gradient: Array, rate: float, count: int, *slots: Array) -> None:
         gradient = self._decayed(parameter, gradient)
         square = slots[0]
         square *= self.alpha
@@ -378,7 +385,7 @@ class RMSprop(Optimizer):
         if self.centered:
             mean = slots[-1]
             mean += (1.0 - self.alpha) * (gradient - mean)
-            root = np.sqrt(square - mean * mean)
+            root = np.sqrt(np.maximum(square - mean * mean, 0))  # rounding makes it negative where all are alike
         else:
             root = np.sqrt(square)
         root += self.epsilon
@@ -425,7 +432,7 @@ class Adam(Optimizer):
         self.epsilon = check_number("epsilon", epsilon, 0.0)
         super().__init__(learning_rate, weight_decay, ("mean", "square"))
 
-    def _update(self, parameter: Array, gradient: Array, rate: float, *slots: Array) -> None:
+    def _update(self, parameter: Array, gradient: Array, rate: float, count: int, *slots: Array) -> None:
         gradient = self._decayed(parameter, gradient)
         (mean, square), (beta1, beta2) = slots, self.betas
         change = gradient - mean
@@ -436,10 +443,10 @@ class Adam(Optimizer):
         square *= beta2
         square += change
         np.sqrt(square, out=change)
-        change *= 1.0 / math.sqrt(1.0 - beta2**self.steps)
+        change *= 1.0 / math.sqrt(1.0 - beta2**count)
         change += self.epsilon
         np.divide(mean, change, out=change)
-        change *= rate / (1.0 - beta1**self.steps)
+        change *= rate / (1.0 - beta1**count)
         parameter -= change
 
 
@@ -469,10 +476,10 @@ class AdamW(Adam):
     ) -> None:
         super().__init__(learning_rate, betas, epsilon, weight_decay)
 
-    def _update(self, parameter: Array, gradient: Array, rate: float, *slots: Array) -> None:
+    def _update(self, parameter: Array, gradient: Array, rate: float, count: int, *slots: Array) -> None:
         if self.weight_decay:
             parameter *= 1.0 - rate * self.weight_decay
-        super()._update(parameter, gradient, rate, *slots)
+        super()._update(parameter, gradient, rate, count, *slots)
 
     def _decayed(self, parameter: Array, gradient: Array) -> Array:
         return gradient

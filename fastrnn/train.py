@@ -194,34 +194,12 @@ class _Data:
     @classmethod
     def checked(cls, trainer: "Trainer", x: Any, y: Any, lengths: Any, where: str = "") -> "_Data":
         """Raise for what does not fit together, before anything is computed."""
-        x = tuple(map(np.asarray, x)) if isinstance(x, tuple) else np.asarray(x)
         y = np.asarray(y)
-        parts = x if isinstance(x, tuple) else (x,)
-        counts = {f"{where}x[{i}]" if len(parts) > 1 else f"{where}x": part for i, part in enumerate(parts)}
-        counts[f"{where}y"] = y
-        for name, array in counts.items():
-            if array.ndim == 0 or len(array) == 0:
-                raise ValueError(f"{name} has shape {array.shape}, expected at least one example along the first axis")
-        if len({len(array) for array in counts.values()}) > 1:
-            sizes = ", ".join(f"{len(array)} in {name}" for name, array in counts.items())
-            raise ValueError(f"there are different numbers of examples: {sizes}")
-        size = len(y)
-        if isinstance(x, tuple):
-            given = (None,) * len(x) if lengths is None else lengths
-            if not isinstance(given, (tuple, list)) or len(given) != len(x):
-                raise TypeError(
-                    f"{where}lengths is a {type(given).__name__}, expected {len(x)}, as there are arrays in x"
-                )
-            lengths = tuple(
-                _check_lengths(f"{where}lengths[{i}]", own, part)
-                for i, (own, part) in enumerate(zip(given, x, strict=True))
-            )
-        else:
-            lengths = _check_lengths(f"{where}lengths", lengths, x)
+        x, lengths = _check_examples(x, lengths, where, {f"{where}y": y})
         trainer.model.check(x)
         if trainer.model.output_size is not None:
             trainer.loss.check(y, trainer.model.output_size)
-        return cls(x, y, lengths, size)
+        return cls(x, y, lengths, len(y))
 
     def take(self, rows: Any) -> "_Data":
         """Return some examples."""
@@ -254,6 +232,28 @@ class _Data:
             shapes = f"x has shape {self.x.shape} and y {self.y.shape}"
             raise ValueError(f"truncate is {steps}, and {shapes}: expected a target for each step, (N, T, ...)")
         return steps
+
+
+def _check_examples(x: Any, lengths: Any, where: str = "", others: Mapping[str, Array] | None = None) -> Any:
+    """Return x and its lengths, arrays or tuples of them, if they and the others have as many rows."""
+    x = tuple(map(np.asarray, x)) if isinstance(x, tuple) else np.asarray(x)
+    parts = x if isinstance(x, tuple) else (x,)
+    counts = {f"{where}x[{i}]" if len(parts) > 1 else f"{where}x": part for i, part in enumerate(parts)}
+    counts |= others or {}
+    for name, array in counts.items():
+        if array.ndim == 0 or len(array) == 0:
+            raise ValueError(f"{name} has shape {array.shape}, expected at least one example along the first axis")
+    if len({len(array) for array in counts.values()}) > 1:
+        sizes = ", ".join(f"{len(array)} in {name}" for name, array in counts.items())
+        raise ValueError(f"there are different numbers of examples: {sizes}")
+    if not isinstance(x, tuple):
+        return x, _check_lengths(f"{where}lengths", lengths, x)
+    given = (None,) * len(x) if lengths is None else lengths
+    if not isinstance(given, (tuple, list)) or len(given) != len(x):
+        raise TypeError(f"{where}lengths is a {type(given).__name__}, expected {len(x)}, as there are arrays in x")
+    return x, tuple(
+        _check_lengths(f"{where}lengths[{i}]", own, part) for i, (own, part) in enumerate(zip(given, x, strict=True))
+    )
 
 
 def _rows(value: Any, rows: Any) -> Any:
@@ -478,12 +478,12 @@ class Trainer:
             start, good = time.perf_counter(), self._snapshot(copy=True)
             try:
                 self._run_epoch(data, plan, show, save)
+                self._end_epoch(held_out, plan, start)
             except BaseException as error:
                 show.close()
                 if isinstance(error, Exception):  # else an interrupt: what was learned stays
                     self._restore(*good)
                 raise
-            self._end_epoch(held_out, plan, time.perf_counter() - start)
             watch.look(self)
             show.line(self)
             save.after_epoch(self)
@@ -553,11 +553,13 @@ class Trainer:
             raise self._diverged("the loss", loss.value, piece)
         params = self.model.backward(tape, loss.gradient).params
         gradients = {name: params[name] for name in self.model.trainable}
+        norm = global_norm(gradients)
+        if not math.isfinite(norm):  # clipping would hide it
+            raise self._diverged("the gradients' norm", norm, piece)
         if self.clip_value is not None:
             clip_by_value(gradients, self.clip_value)
-        norm = global_norm(gradients) if self.clip_norm is None else clip_by_norm(gradients, self.clip_norm)
-        if not math.isfinite(norm):
-            raise self._diverged("the gradients' norm", norm, piece)
+        if self.clip_norm is not None:
+            clip_by_norm(gradients, self.clip_norm)
         if loss.terms:
             self.optimizer.step(self.model.parameters, gradients)
         self._state = state
@@ -571,14 +573,14 @@ class Trainer:
             f"those from before this epoch; a lower learning rate or clip_norm may help, or the data are not finite"
         )
 
-    def _end_epoch(self, held_out: _Data | None, plan: dict[str, Any], seconds: float) -> None:
-        """Evaluate, and write down what the epoch came to."""
+    def _end_epoch(self, held_out: _Data | None, plan: dict[str, Any], start: float) -> None:
+        """Evaluate, and write down what the epoch came to, which began at `start`."""
         total, terms, norm = self._sums
         entry = {
             "loss": total / terms,
             "learning_rate": self.optimizer.schedule(max(self.optimizer.steps - 1, 0)),
             "gradient_norm": norm / self._position,
-            "seconds": seconds,
+            "seconds": time.perf_counter() - start,
         }
         if held_out is not None:
             found = self._evaluate(held_out, {**plan, "shuffle": False})
@@ -639,6 +641,8 @@ class Trainer:
         batch_size = functional.check_integer("batch_size", batch_size, 1)
         stateful = functional.check_flag("stateful", stateful)
         shuffle = not stateful if shuffle is None else functional.check_flag("shuffle", shuffle)
+        if truncate is not None or stateful:
+            self.model.check_carried()
         if stateful and shuffle:
             raise ValueError("shuffle is True with stateful=True, which goes on from batch to batch: expected False")
         for part in (data, held_out):
@@ -735,6 +739,8 @@ class Trainer:
         if self.best is not None:
             arrays |= {f"best/{name}": array for name, array in self.best["weights"].items()}
         arrays |= {f"random/{path}": _random_words(random) for path, random in self.model.generators().items()}
+        counts = [self.optimizer.updates.get(name, 0) for name in self.model.parameters]
+        arrays["updates"] = np.array(counts, float)
         for key in dict.fromkeys(key for entry in self.history for key in entry):
             arrays[f"history/{key}"] = np.array(
                 [(i, entry[key]) for i, entry in enumerate(self.history) if key in entry]
@@ -776,13 +782,15 @@ class Trainer:
         state = _unpack(meta["state"], arrays)
         best = meta["best"] and {**meta["best"], "weights": groups["best"]}
         states = {path: _random_state(words) for path, words in groups["random"].items()}
+        updates = {name: int(count) for name, count in zip(self.model.parameters, arrays["updates"], strict=True)}
+        steps, seed, position, sums, plan = (meta[key] for key in ("steps", "seed", "position", "sums", "plan"))
+        self.optimizer.schedule.restore(meta["schedule"])
         for path, random in self.model.generators().items():
             random.bit_generator.state = states[path]
-        self.optimizer.schedule.restore(meta["schedule"])
         self.model.parameters.update(groups["model"])
-        self.optimizer.slots, self.optimizer.steps = slots, meta["steps"]
-        self.seed, self.epoch, self.history, self.best = meta["seed"], meta["epoch"], history, best
-        self._position, self._sums, self._plan, self._state = meta["position"], meta["sums"], meta["plan"], state
+        self.optimizer.slots, self.optimizer.steps, self.optimizer.updates = slots, steps, updates
+        self.seed, self.epoch, self.history, self.best = seed, meta["epoch"], history, best
+        self._position, self._sums, self._plan, self._state = position, sums, plan, state
 
     def _check_snapshot(self, arrays: Mapping[str, Array], meta: Mapping[str, Any]) -> None:
         if meta.get("checkpoint") != FORMAT:
@@ -841,14 +849,9 @@ def predict(model: Model, x: Any, *, lengths: Any = None, batch_size: int = 256)
     (700, 2)
     """
     batch_size = functional.check_integer("batch_size", batch_size, 1)
-    x = tuple(map(np.asarray, x)) if isinstance(x, tuple) else np.asarray(x)
-    size = len(x[0]) if isinstance(x, tuple) else len(x)
-    if not size:
-        raise ValueError("there are no examples in x, expected at least one")
-    if lengths is not None:
-        lengths = tuple(map(np.asarray, lengths)) if isinstance(x, tuple) else np.asarray(lengths)
+    x, lengths = _check_examples(x, lengths)
     outputs = []
-    for begin in range(0, size, batch_size):
+    for begin in range(0, len(x[0] if isinstance(x, tuple) else x), batch_size):
         rows = slice(begin, begin + batch_size)
         outputs.append(model(_rows(x, rows), lengths=_rows(lengths, rows))[0])
     return np.concatenate(outputs)

@@ -48,6 +48,7 @@ def assert_same(a, b):
 
     assert timeless(a.history) == timeless(b.history)
     assert (a.epoch, a.optimizer.steps) == (b.epoch, b.optimizer.steps)
+    assert a.optimizer.updates == b.optimizer.updates
     assert a.optimizer.learning_rate == b.optimizer.learning_rate
 
 
@@ -192,11 +193,25 @@ def test_a_checkpoint_of_another_model_changes_nothing(tmp_path):
         weights.write(tmp_path / "c.npz", changed, meta)
         with pytest.raises(ValueError, match=rf"c.npz cannot be loaded: {message}"):
             a.load(tmp_path / "c.npz")
+    # What would be seen if a part of the file were taken before the error.
+    moved = {name: array + 1 for name, array in arrays.items() if name.startswith(("model", "random"))}
     for key in meta:
-        weights.write(tmp_path / "c.npz", arrays, {own: value for own, value in meta.items() if own != key})
+        without = {own: value for own, value in meta.items() if own != key}
+        weights.write(tmp_path / "c.npz", {**arrays, **moved}, without)
         with pytest.raises(ValueError, match=r"c.npz cannot be loaded: it "):
             a.load(tmp_path / "c.npz")
+    plateau = trainer(train.Adam(train.ReduceOnPlateau(0.1)))
+    before, good = plateau._snapshot(copy=True)
+    with pytest.raises(ValueError, match=r"a.npz cannot be loaded: it has no 'now'"):  # the file's rate is constant
+        plateau.load(tmp_path / "a.npz")
+    after, now = plateau._snapshot()
+    assert now == good
+    for name, array in before.items():
+        np.testing.assert_array_equal(array, after[name], err_msg=name)
     assert_same(a, kept)
+    same = {name: array for name, array in a._snapshot()[0].items() if name.startswith("random")}
+    for name, array in kept._snapshot()[0].items():
+        np.testing.assert_array_equal(array, same.get(name, array), err_msg=name)
     with pytest.raises(ValueError, match=r"it is no checkpoint of format 1: a model's weights are read by model.load"):
         a.load(tmp_path / "weights.npz")
     (tmp_path / "b.npz").write_bytes((tmp_path / "a.npz").read_bytes()[:-200])
@@ -353,11 +368,19 @@ class Poison(train.CrossEntropy):
 
 @pytest.mark.parametrize(
     ("value", "gradient", "what"),
-    [(np.nan, 1, "the loss is nan"), (np.inf, 1, "the loss is inf"), (None, np.nan, "the gradients' norm is nan")],
+    [
+        (np.nan, 1, "the loss is nan"),
+        (np.inf, 1, "the loss is inf"),
+        (None, np.nan, "the gradients' norm is nan"),
+        (None, 1e38, "the gradients' norm is inf"),
+    ],
 )
-def test_divergence_keeps_the_last_good_weights(value, gradient, what):
+@pytest.mark.parametrize("clip_value", [None, 10.0])
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+def test_divergence_keeps_the_last_good_weights(value, gradient, what, clip_value):
     x, y = parity(64)
     a = trainer()
+    a.clip_value = clip_value  # never reached, and hides nothing
     a.fit(x, y, epochs=2, batch_size=16, progress=False)
     good, meta = a._snapshot(copy=True)
     a.loss = Poison(3, value, gradient)
@@ -372,6 +395,33 @@ def test_divergence_keeps_the_last_good_weights(value, gradient, what):
     b = trainer()
     b.fit(x, y, epochs=4, batch_size=16, progress=False)
     assert_same(a, b)
+
+
+def test_a_metric_that_raises_changes_nothing():
+    def metric(targets, predictions):
+        raise ZeroDivisionError("of the metric")
+
+    x, y = parity(64)
+    a = trainer()
+    good, meta = a._snapshot(copy=True)
+    a.metrics = {"metric": metric}
+    with pytest.raises(ZeroDivisionError, match="of the metric"):
+        a.fit(x, y, epochs=1, validation=0.25, progress=False)
+    now, then = a._snapshot()
+    assert then == meta
+    for name, array in good.items():
+        np.testing.assert_array_equal(array, now[name], err_msg=name)
+
+
+def test_the_norm_in_the_history_is_that_before_clipping():
+    x = np.ones((4, 2), np.float32)
+    norms = []
+    for options in ({}, {"clip_value": 1e-3}, {"clip_norm": 1e-3}, {"clip_value": 1e-3, "clip_norm": 1e-4}):
+        model = train.Sequential(train.Linear(2, 2, seed=0))
+        a = train.Trainer(model, train.MeanSquaredError(), train.SGD(0.1), **options)
+        norms.append(a.fit(x, -x, epochs=1, progress=False)[0]["gradient_norm"])
+    assert norms == [norms[0]] * 4
+    assert norms[0] > 0.1
 
 
 def test_a_rate_that_is_too_large_diverges():
@@ -512,6 +562,17 @@ def regression():
     return train.Trainer(model, train.MeanSquaredError(), train.Adam())
 
 
+def both_ways():
+    model = train.Sequential(train.Embedding(2, 4), fastrnn.GRU(4, 3, bidirectional=True), train.Linear(6, 2))
+    return train.Trainer(model, train.CrossEntropy(), train.Adam())
+
+
+def translator():
+    encoder, decoder = ((train.Embedding(2, 4), fastrnn.GRU(4, 3)) for _ in range(2))
+    model = train.EncoderDecoder(train.Sequential(*encoder), train.Sequential(*decoder, train.Linear(3, 2)))
+    return train.Trainer(model, train.CrossEntropy(), train.Adam())
+
+
 def frozen():
     a = trainer()
     a.model.freeze("*")
@@ -555,6 +616,9 @@ BAD = [
     (trainer, (X, Y), {"checkpoint_every": 3}, ValueError, "checkpoint_every is 3 without checkpoint"),
     (trainer, ((X, X), Y), {}, TypeError, "x is a tuple, expected one array"),
     (frozen, (X, Y), {}, ValueError, "all parameters are frozen"),
+    (both_ways, (X, Y), {"truncate": 3}, ValueError, "layer '1' is GRU.*, whose reverse direction begins at the end"),
+    (both_ways, (X, Y), {"stateful": True, "batch_size": 5}, ValueError, "layer '1' is GRU.*, whose reverse direction"),
+    (translator, ((X, X), Y), {"stateful": True, "batch_size": 5}, ValueError, "the model is an EncoderDecoder, whose"),
     (regression, (S, np.zeros((10, 3))), {}, ValueError, r"targets have shape \(10, 3\), expected 2 in the last axis"),
     (regression, (S, np.zeros((10, 6, 2))), {}, ValueError, r"targets have shape \(10, 6, 2\), expected \(10, 2\)"),
     (regression, (S, np.zeros((10, 2))), {"truncate": 2}, ValueError, "expected a target for each step"),
@@ -595,5 +659,9 @@ def test_bad_input_to_trainer():
         train.Trainer(model, train.CrossEntropy(), train.Adam(), metrics={"loss": train.accuracy})
     with pytest.raises(ValueError, match="lengths has shape"):
         trainer().predict(X, lengths=[6])
-    with pytest.raises(ValueError, match="there are no examples"):
+    with pytest.raises(ValueError, match=r"x has shape \(0, 6\), expected at least one example"):
         trainer().predict(X[:0])
+    with pytest.raises(ValueError, match=r"lengths has shape \(12,\), expected \(10,\)"):
+        trainer().predict(X, lengths=[6] * 12, batch_size=5)  # the first ten would fit
+    with pytest.raises(ValueError, match=r"different numbers of examples: 5 in x\[0\], 10 in x\[1\]"):
+        translator().predict((X[:5], X), batch_size=5)

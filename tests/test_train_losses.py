@@ -189,6 +189,12 @@ def test_metrics_as_in_scikit_learn():
     assert train.mean_absolute_error(a, b) == pytest.approx(metrics.mean_absolute_error(a, b))
 
 
+def test_errors_of_numbers_without_a_sign():
+    for dtype in (np.uint8, np.bool_):
+        a, b = np.array([0, 1, 1], dtype), np.array([1, 0, 1], dtype)
+        assert train.mean_squared_error(a, b) == train.mean_absolute_error(a, b) == 2 / 3
+
+
 def test_edit_distance_by_recursion():
     @functools.cache
     def distance(a, b):

@@ -105,6 +105,23 @@ def test_padding_has_no_vector_and_no_gradient():
     np.testing.assert_array_equal(gradient, 2.0 * (np.arange(7) == 1)[:, None] * np.ones(3))
 
 
+def test_labels_that_change_after_forward_do_no_harm():
+    layer, x = train.Embedding(7, 3, **F64), np.array([[2, 1], [1, 2]])
+    output, _, tape = layer.forward(x)
+    x[:] = 10**9  # a buffer that is used again; backward writes where its labels say
+    gradient = layer.backward(tape, np.ones_like(output)).params["weight"]
+    np.testing.assert_array_equal(gradient[:, 0], [0, 2, 2, 0, 0, 0, 0])
+
+
+def test_gradient_of_foreign_byte_order():
+    for layer, x in ((train.Embedding(7, 3, **F64), np.array([[2, 1]])), (train.Linear(2, 3, **F64), numbers(2, 2))):
+        output, _, tape = layer.forward(x)
+        d_output = numbers(*output.shape)
+        foreign = d_output.astype(d_output.dtype.newbyteorder("S"))
+        for name, array in layer.backward(tape, d_output).params.items():
+            np.testing.assert_array_equal(layer.backward(tape, foreign).params[name], array, err_msg=name)
+
+
 def test_dropout():
     layer, x = train.Dropout(0.3, seed=0), np.ones((40, 50, 10), np.float32)
     assert layer(x)[0] is x
@@ -280,7 +297,13 @@ def test_frozen_parameters_stay(tmp_path):
     assert list(model.trainable) == list(model.parameters)
     inner = tagger()
     inner.freeze("gru")
-    assert "body.gru.bias_ih_l0" not in train.Sequential(body=inner).trainable
+    outer = train.Sequential(body=inner)
+    assert "body.gru.bias_ih_l0" not in outer.trainable
+    inner.freeze("embedding")  # is seen from outside, and the other way round
+    assert "body.embedding.weight" not in outer.trainable
+    outer.unfreeze("body.gru")
+    assert "gru.bias_ih_l0" in inner.trainable
+    assert outer.num_parameters == inner.num_parameters == sum(array.size for array in inner.trainable.values())
 
 
 def test_files(tmp_path):
@@ -318,6 +341,19 @@ def test_generate():
     assert not np.array_equal(a, c)
     assert a.shape == (2, 50)
     assert train.generate(model, [1], 0).shape == (0,)
+
+
+def test_generate_of_equal_logits():
+    model = train.Sequential(train.Embedding(9, 4, seed=0), train.Linear(4, 9, seed=0))
+    model.load_state_dict({name: np.zeros_like(array) for name, array in model.parameters.items()})
+    drawn = train.generate(model, np.zeros((200, 1), int), 3, top_k=2, seed=0)
+    assert len(np.unique(drawn)) == 2
+
+
+def test_generate_at_a_temperature_of_almost_nothing():
+    model = train.Sequential(train.Embedding(9, 4, seed=0), train.Linear(4, 9, seed=0))
+    greedy = train.generate(model, [1], 20, temperature=0)
+    np.testing.assert_array_equal(train.generate(model, [1], 20, temperature=1e-310, seed=0), greedy)
 
 
 def test_generate_draws_by_probability():
@@ -392,6 +428,9 @@ BAD = [
     (lambda: pair(train.Linear(4, 4), GRU), ValueError, "encoder and decoder have 0 and 1 recurrent layers"),
     (lambda: pair(fastrnn.GRU(4, 4), GRU), ValueError, "needs a state of"),
     (lambda: pair(fastrnn.LSTM(4, 5), GRU), ValueError, "needs a state of"),
+    (lambda: pair(GRU, GRU), ValueError, "a layer occurs twice"),
+    (lambda: pair(fastrnn.GRU(4, 5), GRU).decode(X, start=0, stop=5, limit=1), ValueError, "stop is 5, expected one"),
+    (lambda: pair(fastrnn.GRU(4, 5), GRU).decode(X, start=0, stop=-1, limit=1), ValueError, "stop is -1, expected an"),
     (lambda: train.EncoderDecoder(GRU, GRU), TypeError, "encoder is a GRU, expected a Sequential"),
     (lambda: pair(fastrnn.GRU(4, 5), GRU)(X), TypeError, "x is a ndarray, expected a pair"),
     (lambda: pair(fastrnn.GRU(4, 5), GRU)((X, X[:1])), ValueError, "x holds batches of 2 and 1 rows"),

@@ -25,6 +25,14 @@ def test_float32_stays():
         assert all(own["a"].dtype == np.float32 for own in optimizer.slots.values())
 
 
+def test_the_variance_of_equal_gradients_is_not_negative():
+    parameters, optimizer = {"a": np.zeros(50, np.float32)}, train.RMSprop(1e-6, alpha=0.5, centered=True)
+    gradient = np.linspace(0.1, 3, 50).astype(np.float32)
+    for _ in range(100):  # the variance becomes less than its rounding
+        optimizer.step(parameters, {"a": gradient})
+    assert np.isfinite(parameters["a"]).all()
+
+
 def test_weight_decay_is_added_to_the_gradient():
     parameters = {"a": np.array([2.0])}
     train.SGD(0.1, weight_decay=0.5).step(parameters, {"a": np.array([0.0])})

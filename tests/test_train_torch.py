@@ -1,5 +1,7 @@
 """The training kit against torch: losses and their gradients, optimisers step by step, schedules, clipping, a model."""
 
+import copy
+
 import numpy as np
 import pytest
 
@@ -172,6 +174,24 @@ def test_optimizer_step_by_step(ours, make):
         for name, parameter, expected in zip(parameters, parameters.values(), theirs, strict=True):
             np.testing.assert_allclose(parameter, expected.detach().numpy(), rtol=1e-12, err_msg=f"{name}, step {step}")
             np.testing.assert_array_equal(gradients[name], before[name])
+
+
+@pytest.mark.parametrize(("ours", "make"), OPTIMIZERS, ids=lambda o: type(o).__name__ if o.__class__.__module__ else "")
+def test_optimizer_of_a_parameter_that_is_frozen_for_a_while(ours, make):
+    ours = copy.deepcopy(ours)
+    ours.steps, ours.updates, ours.slots = 0, {}, {slot: {} for slot in ours.slots}
+    parameters = {"a": numbers(3, 4), "b": numbers(5, seed=1)}
+    theirs = {name: torch.nn.Parameter(torch.tensor(p)) for name, p in parameters.items()}
+    optimizer = make(list(theirs.values()))
+    for step in range(12):
+        names = ["a"] if step < 4 or 6 <= step < 8 else ["a", "b"]
+        gradients = {name: numbers(*parameters[name].shape, seed=100 + step) for name in names}
+        for name, parameter in theirs.items():
+            parameter.grad = torch.tensor(gradients[name]) if name in gradients else None
+        ours.step(parameters, gradients)
+        optimizer.step()
+        for name, parameter in parameters.items():
+            np.testing.assert_allclose(parameter, theirs[name].detach().numpy(), rtol=1e-12, err_msg=f"{name}, {step}")
 
 
 def torch_rates(make, steps, values=None):
