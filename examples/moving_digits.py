@@ -76,7 +76,7 @@ def draw(film: np.ndarray, after: list[float], baselines: dict[str, float]) -> N
         axes.set(xticks=[], yticks=[], title=f"frame {2 * number + 1}")
     axes = below.subplots()
     axes.plot(range(1, FRAMES + 1), after, "o-", color="C1", label="GRU")
-    for (name, value), style in zip(baselines.items(), (":", "--"), strict=True):
+    for (name, value), style in zip(baselines.items(), (":", "--", "-."), strict=True):
         axes.axhline(value, color="0.4", linestyle=style, label=f"logistic regression, {name}")
     axes.set(xlabel="frames seen", ylabel="accuracy", ylim=(0, 1))
     axes.legend(frameon=False)
@@ -99,8 +99,13 @@ def main() -> None:
         x = films(learned, random)
         trainer.fit(x, y, epochs=epoch, batch_size=batch)
 
+    looks = {
+        "last frame": lambda x: x[:, -1],
+        "mean frame": lambda x: x.mean(axis=1),
+        "frames side by side": lambda x: x.reshape(len(x), -1),
+    }
     baselines = {}
-    for name, look in {"last frame": lambda x: x[:, -1], "mean frame": lambda x: x.mean(axis=1)}.items():
+    for name, look in looks.items():
         model = LogisticRegression(C=0.1, max_iter=500).fit(look(x), y)
         baselines[name] = float(model.score(look(x_test), y_test))
     after = [
