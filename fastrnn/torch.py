@@ -43,6 +43,7 @@ from torch.nn.utils.rnn import PackedSequence
 from fastrnn import functional, stack, torch_func
 from fastrnn.kernels import threads
 from fastrnn.stack import Rows, Spec
+from fastrnn.weights import GATES, Architecture
 
 __all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell", "from_torch", "replace_", "restore_", "to_torch"]
 
@@ -55,7 +56,11 @@ _DTYPES = (torch.float32, torch.float64)
 
 def _array(tensor: Tensor) -> Array:
     """Return an array that shares the tensor's memory, where this is in order."""
-    return functional.contiguous((tensor.detach() if tensor.requires_grad else tensor).numpy())
+    try:
+        array = (tensor.detach() if tensor.requires_grad else tensor).numpy()
+    except RuntimeError:  # a lazy negative, or zeros without memory
+        array = tensor.numpy(force=True)
+    return functional.contiguous(array)
 
 
 _tensor = torch.from_numpy
@@ -84,6 +89,33 @@ def _rows(lengths: Any, reset: Any, T: int, B: int) -> Rows:
     return functional.check_lengths(lengths, T, B), functional.check_reset(reset, (T, B), "(T, B)")
 
 
+def _check_operands(
+    spec: Spec, x: Tensor, h: Tensor | None, c: Tensor | None, params: list[Tensor], masks: list[Tensor]
+) -> None:
+    """Check what an operator is given, for whoever calls it need not be one of the modules."""
+    (cell, each, D), count = spec, len(params)
+    projected = each in (3, 5) and cell == "lstm"
+    known = cell in GATES and (each in (2, 4) or projected) and D in (1, 2) and count and count % (each * D) == 0
+    if not known or any(tensor.dim() != n for tensor, n in zip((x, *params[:2]), (3, 2, 2), strict=True)):
+        raise ValueError(f"x of shape {tuple(x.shape)} and {count} parameters, expected (T, B, I) and those of {spec}")
+    (T, B, I), W, H, K = x.shape, params[1].shape[1], params[0].shape[0] // GATES[cell], count // each
+    shapes = Architecture(cell, I, H, K // D, each > 3, D == 2, W if projected else 0).shapes()
+    _check_shapes(x, shapes, params)
+    if projected and W >= H:
+        raise ValueError(f"the projection is to {W} numbers, expected less than {H}")
+    if len(masks) not in (0, K // D - 1):
+        raise ValueError(f"there are {len(masks)} masks, expected none or {K // D - 1}")
+    _check_shapes(x, {"h": (K, B, W), "c": (K, B, H)}, (h, c if cell == "lstm" else None))
+    _check_shapes(x, {f"mask {k}": (T, B, D * W) for k in range(len(masks))}, masks)
+
+
+def _check_shapes(x: Tensor, shapes: dict[str, tuple[int, ...]], tensors: Sequence[Tensor | None]) -> None:
+    for (name, shape), tensor in zip(shapes.items(), tensors, strict=True):
+        if tensor is not None and (tensor.shape != shape or tensor.dtype != x.dtype):
+            got = f"is {tensor.dtype} of shape {tuple(tensor.shape)}"
+            raise ValueError(f"{name} {got}, expected {x.dtype}, that of x, of shape {shape}")
+
+
 def _forward_op(
     x: Tensor,
     h: Tensor | None,
@@ -98,7 +130,9 @@ def _forward_op(
     training: bool,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     torch_func.refuse_forward_mode((x, h, c, *params))
-    spec, T, B = Spec(cell, each, directions), x.shape[0], x.shape[1]
+    spec = Spec(cell, each, directions)
+    _check_operands(spec, x, h, c, params, masks)
+    T, B, _ = x.shape
     prepared = _prepare(spec, params)
     states = stack.initial(spec, prepared, _optional(h), _optional(c), B)
     rows = _rows(lengths, reset, T, B)
@@ -127,7 +161,12 @@ def _backward_op(
     directions: int,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     torch_func.refuse_forward_mode((d_output, d_h, d_c, x, h, c, *params))
-    spec, T, B = Spec(cell, each, directions), x.shape[0], x.shape[1]
+    spec = Spec(cell, each, directions)
+    _check_operands(spec, x, h, c, params, masks)
+    (T, B, _), (K, W, H) = x.shape, spec.sizes(params)
+    shapes = {"output": (T, B, directions * W), "d_output": (T, B, directions * W), "d_h": (K, B, W), "d_c": (K, B, H)}
+    _check_shapes(x, shapes, (output, d_output, d_h, d_c if cell == "lstm" else None))
+    _check_shapes(x, {f"kept[{k}]": shape for k, shape in enumerate(spec.kept_shapes(T, B, params))}, kept)
     prepared = _prepare(spec, params)
     states = stack.initial(spec, prepared, _optional(h), _optional(c), B)
     rows = _rows(lengths, reset, T, B)

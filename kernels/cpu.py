@@ -190,7 +190,8 @@ class Packed(NamedTuple):
 
 
 def _address(array) -> int:
-    return call(address, (array.dtype, array.ndim), SOURCE, array)
+    """Where an array's numbers are; 0 if it has none."""
+    return call(address, (array.dtype, array.ndim), SOURCE, array) if array.size else 0
 
 
 class Plan:
@@ -689,8 +690,8 @@ class _Gradients:
         gradients = {**self.others, "weight_ih": self.weight_ih}
         sums = self.bias.reshape(cell.slots, hidden)
         first = sums[: cell.gates]
-        where = [self.x_blocks.index(block) for block in range(cell.gates)]
-        if where != list(range(cell.gates)):
+        if self.x_blocks != list(range(cell.gates)):
+            where = [self.x_blocks.index(block) for block in range(cell.gates)]
             gradients["weight_ih"] = self.weight_ih.reshape(cell.gates, hidden, -1)[where].reshape(self.weight_ih.shape)
             first = sums[where]
         gradients["bias_ih"] = first.reshape(-1)

@@ -222,6 +222,19 @@ def test_strided_input_and_parameters():
     compare([layers[1](x)[0]], [layers[0](x)[0]], torch.float64)
 
 
+def test_numbers_that_are_not_written_yet():
+    """PyTorch keeps what is negated, and gradients that are zero, as a promise only."""
+    layer = fastrnn.torch.GRU(3, 5, dtype=torch.float64)
+    promised = torch.randn(4, 2, 3, dtype=torch.complex128).conj().imag
+    assert promised.is_neg()
+    output, state = promised.new_zeros(0), torch._efficientzerotensor(1, 2, 5, dtype=torch.float64)
+    for x, h in ((promised, state), (promised.resolve_neg(), torch.zeros(1, 2, 5, dtype=torch.float64))):
+        before, (output, _) = output, layer(x, h)
+        gradient = torch.ones(4, 2, 5, dtype=torch.complex128).mul(1j).conj().imag
+        output.backward(gradient)
+    assert torch.equal(before, output)
+
+
 def test_parameters_that_change_between_calls_are_seen():
     layers = pair("LSTM")
     x = torch.randn(T, B, I, dtype=torch.float64, requires_grad=True)
