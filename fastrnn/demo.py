@@ -1,7 +1,7 @@
 """A character-level language model that is trained on Python's own sources and then writes: ``python -m fastrnn demo``.
 
-The recurrent layer is fastrnn's; all that stands round it is plain NumPy: the embedding, the softmax and its loss,
-truncated backpropagation through time, clipping and Adam.
+Around the recurrent layer stands what `fastrnn.train` has. The loop is the demonstration's own: it ends within an epoch
+when its time is over.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import os
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,19 @@ from typing import Any, TextIO
 import numpy as np
 
 import fastrnn
-from fastrnn.losses import CrossEntropy
+from fastrnn.train import (
+    Adam,
+    Cosine,
+    CrossEntropy,
+    Embedding,
+    Linear,
+    Optimizer,
+    Sequential,
+    Trainer,
+    clip_by_norm,
+    generate,
+    streams,
+)
 
 #: Modules whose sources every Python installation has; one that is missing is left out.
 MODULES = """
@@ -34,13 +45,12 @@ MODULES = """
 LENGTH = 600_000  # characters of them that are read
 BATCH, WINDOW = 32, 64  # streams side by side, and steps that a gradient goes back
 EMBEDDING = 64
-LEARNING_RATE, CLIP = 4e-3, 1.0
+LEARNING_RATE, BETAS, CLIP = 4e-3, (0.9, 0.99), 1.0
 SHORTEST = 50_000  # characters: with less, the part for validation is too short for a window
-PROMPT = "def "
+PROMPT, TEMPERATURE = "def ", 0.7
 BLAS_WAIT = "OPENBLAS_THREAD_TIMEOUT"  # how long OpenBLAS' threads spin: the logarithm of a number of cycles
 
-Parameters = dict[str, np.ndarray]
-Pairs = list[tuple[np.ndarray, np.ndarray]]  # inputs and targets
+Pair = tuple[np.ndarray, np.ndarray]  # inputs and targets, (BATCH, WINDOW)
 
 
 # ---- the text
@@ -85,126 +95,35 @@ class Corpus:
         return cls(vocabulary, ids[:cut], ids[cut:])
 
 
-def windows(ids: np.ndarray, batch: int = BATCH, steps: int = WINDOW) -> Pairs:
-    """Pairs (inputs, targets), each (steps, batch): a column goes on in the next pair where it ended in this one."""
-    length = (len(ids) - 1) // batch
-    starts = np.arange(batch) * length
-    pairs = []
-    for t in range(0, length - steps + 1, steps):
-        at = starts + np.arange(t, t + steps)[:, None]
-        pairs.append((ids[at], ids[at + 1]))
-    return pairs
+def windows(ids: np.ndarray) -> list[Pair]:
+    """Pairs of inputs and targets: a row goes on in the next pair where it ended in this one."""
+    x, y = (part.reshape(-1, BATCH, WINDOW) for part in streams(ids, BATCH, WINDOW))
+    return list(zip(x, y, strict=True))
 
 
-# ---- the model
+# ---- the model and its training
 
 
-def cross_entropy(logits: np.ndarray, targets: np.ndarray) -> tuple[float, np.ndarray]:
-    """Mean cross-entropy in nats of rows of `logits` (N,V), and its gradient."""
-    loss = CrossEntropy()(logits, targets)
-    return loss.value, loss.gradient
-
-
-class CharacterModel:
+def character_model(characters: int, hidden: int, *, seed: int = 0, backend: str | None = None) -> Sequential:
     """Embedding, GRU and a linear layer that rates each character as the next one."""
-
-    def __init__(
-        self,
-        characters: int,
-        hidden_size: int,
-        *,
-        embedding_size: int = EMBEDDING,
-        seed: int = 0,
-        dtype: Any = np.float32,
-        backend: str | None = None,
-    ) -> None:
-        random = np.random.default_rng(seed)
-        self.gru = fastrnn.GRU(embedding_size, hidden_size, dtype=dtype, seed=seed, backend=backend)
-        self.embedding = random.standard_normal((characters, embedding_size)).astype(dtype)
-        self.weight = (random.standard_normal((characters, hidden_size)) / np.sqrt(hidden_size)).astype(dtype)
-        self.bias = np.zeros(characters, dtype)
-
-    @property
-    def parameters(self) -> Parameters:
-        """All parameters by name: the arrays themselves, to be updated in place."""
-        return {"embedding": self.embedding, "weight": self.weight, "bias": self.bias, **self.gru.parameters}
-
-    def logits(self, hidden: np.ndarray) -> np.ndarray:
-        """The characters' ratings (N,V) for hidden units (N,H)."""
-        return hidden @ self.weight.T + self.bias
-
-    def loss(self, inputs: np.ndarray, targets: np.ndarray, state: Any = None) -> tuple[float, Any]:
-        """Mean cross-entropy, and the state after the last step."""
-        output, state = self.gru(self.embedding[inputs], state)
-        loss, _ = cross_entropy(self.logits(output.reshape(targets.size, -1)), targets.ravel())
-        return loss, state
-
-    def loss_and_gradients(
-        self, inputs: np.ndarray, targets: np.ndarray, state: Any = None
-    ) -> tuple[float, Parameters, Any]:
-        """Mean cross-entropy, its gradient for every parameter, and the state after the last step."""
-        output, state, tape = self.gru.forward(self.embedding[inputs], state)
-        hidden = output.reshape(targets.size, -1)
-        loss, d_logits = cross_entropy(self.logits(hidden), targets.ravel())
-        gru = self.gru.backward(tape, (d_logits @ self.weight).reshape(output.shape))
-        d_embedding = np.zeros_like(self.embedding)
-        np.add.at(d_embedding, inputs, gru.x)
-        own = {"embedding": d_embedding, "weight": d_logits.T @ hidden, "bias": d_logits.sum(axis=0)}
-        return loss, {**own, **gru.params}, state
-
-    def write(self, prompt: np.ndarray, length: int, seed: int = 0, temperature: float = 0.7) -> Iterator[int]:
-        """Draw `length` characters after `prompt`, one step of the GRU each."""
-        random = np.random.default_rng(seed)
-        output, state = self.gru(self.embedding[prompt][:, None])
-        hidden = output[-1]
-        for _ in range(length):
-            logits = self.logits(hidden)[0] / temperature
-            weights = np.exp(logits - logits.max()).cumsum()
-            character = int(weights.searchsorted(random.random() * weights[-1], side="right"))
-            yield character
-            hidden, state = self.gru.step(self.embedding[[character]], state)
+    model = Sequential(
+        embedding=Embedding(characters, EMBEDDING, seed=seed),
+        gru=fastrnn.GRU(EMBEDDING, hidden, seed=seed, backend=backend),
+        output=Linear(hidden, characters, seed=seed),
+    )
+    model.parameters["output.weight"] *= np.sqrt(3.0)  # a variance of 1 / hidden: it learns faster from there
+    return model
 
 
-# ---- training
-
-
-def clip_by_global_norm(gradients: Parameters, limit: float = CLIP) -> float:
-    """Scale all gradients, which are modified, so that their common norm is at most `limit`; return what it was."""
-    norm = float(np.sqrt(sum(float(np.vdot(g, g)) for g in gradients.values())))
-    if norm > limit:
-        for gradient in gradients.values():
-            gradient *= limit / norm
-    return norm
-
-
-class Adam:
-    """Adam, as its authors give it (Kingma and Ba 2015, algorithm 1)."""
-
-    def __init__(self, parameters: Parameters, beta1: float = 0.9, beta2: float = 0.99, epsilon: float = 1e-8) -> None:
-        self.beta1, self.beta2, self.epsilon = beta1, beta2, epsilon
-        self.steps = 0
-        self.mean = {name: np.zeros_like(p) for name, p in parameters.items()}
-        self.square = {name: np.zeros_like(p) for name, p in parameters.items()}
-
-    def update(self, parameters: Parameters, gradients: Parameters, learning_rate: float) -> None:
-        """Take one step; the parameters are modified."""
-        self.steps += 1
-        correction = np.sqrt(1 - self.beta2**self.steps) / (1 - self.beta1**self.steps)
-        for name, gradient in gradients.items():
-            mean, square = self.mean[name], self.square[name]
-            mean += (1 - self.beta1) * (gradient - mean)
-            square += (1 - self.beta2) * (gradient * gradient - square)
-            parameters[name] -= float(learning_rate * correction) * mean / (np.sqrt(square) + self.epsilon)
-
-
-def train_step(
-    model: CharacterModel, adam: Adam, inputs: np.ndarray, targets: np.ndarray, state: Any, learning_rate: float
-) -> tuple[float, Any]:
+def train_step(model: Sequential, optimizer: Optimizer, pair: Pair, state: Any) -> tuple[float, Any]:
     """One step of truncated backpropagation through time; return the loss before it and the state to go on with."""
-    loss, gradients, state = model.loss_and_gradients(inputs, targets, state)
-    clip_by_global_norm(gradients)
-    adam.update(model.parameters, gradients, learning_rate)
-    return loss, state
+    inputs, targets = pair
+    output, state, tape = model.forward(inputs, state)
+    loss = CrossEntropy()(output, targets)
+    gradients = model.backward(tape, loss.gradient).params
+    clip_by_norm(gradients, CLIP)
+    optimizer.step(model.parameters, gradients)
+    return loss.value, state
 
 
 class Progress:
@@ -241,38 +160,30 @@ class Trained:
     interrupted: bool = False
 
 
-def validation_loss(model: CharacterModel, pairs: Pairs) -> float:
-    """Mean cross-entropy over `pairs`, with the state carried through them."""
-    losses, state = [], None
-    for inputs, targets in pairs:
-        loss, state = model.loss(inputs, targets, state)
-        losses.append(loss)
-    return float(np.mean(losses))
-
-
-def train(model: CharacterModel, corpus: Corpus, epochs: int, seconds: float, progress: Progress) -> Trained:
+def train(model: Sequential, corpus: Corpus, epochs: int, seconds: float, progress: Progress) -> Trained:
     """Train `model`, which is modified, for `epochs` or until `seconds` have gone or Ctrl-C comes."""
-    pairs, held_out = windows(corpus.training), windows(corpus.validation)
-    adam = Adam(model.parameters)
+    pairs, held_out = windows(corpus.training), streams(corpus.validation, BATCH, WINDOW)
     total = epochs * len(pairs)
+    trainer = Trainer(model, CrossEntropy(), Adam(Cosine(LEARNING_RATE, total), BETAS))
     reached = Trained()
     begin = time.perf_counter()
     try:
         for epoch in range(1, epochs + 1):
             state, losses = None, []
-            for inputs, targets in pairs:
+            for pair in pairs:
                 if time.perf_counter() - begin > seconds:
                     progress.line(f"  {seconds:g} s are over in epoch {epoch}")
                     return reached
                 start = time.perf_counter()
-                rate = LEARNING_RATE * (1 - adam.steps / total)
-                loss, state = train_step(model, adam, inputs, targets, state, rate)
+                loss, state = train_step(model, trainer.optimizer, pair, state)
                 losses.append(loss)
-                reached.characters += inputs.size
+                reached.characters += BATCH * WINDOW
                 reached.seconds += time.perf_counter() - start
                 speed = reached.characters / reached.seconds
-                progress.show(adam.steps / total, f"epoch {epoch}/{epochs}  loss {loss:.3f}  {speed:,.0f} characters/s")
-            reached.epochs, reached.validation_loss = epoch, validation_loss(model, held_out)
+                share = trainer.optimizer.steps / total
+                progress.show(share, f"epoch {epoch}/{epochs}  loss {loss:.3f}  {speed:,.0f} characters/s")
+            found = trainer.evaluate(*held_out, batch_size=BATCH, stateful=True)
+            reached.epochs, reached.validation_loss = epoch, found["loss"]
             progress.line(
                 f"  epoch {epoch}/{epochs}  training loss {np.mean(losses):.3f}  "
                 f"validation loss {reached.validation_loss:.3f}  perplexity {np.exp(reached.validation_loss):.2f}  "
@@ -287,14 +198,13 @@ def train(model: CharacterModel, corpus: Corpus, epochs: int, seconds: float, pr
 # ---- against the NumPy reference
 
 
-def seconds_per_step(backend: str | None, characters: int, hidden: int, pairs: Pairs) -> tuple[float, list[float]]:
+def seconds_per_step(backend: str | None, characters: int, hidden: int, pairs: list[Pair]) -> tuple[float, list[float]]:
     """Median time of a training step of a new model, and the losses of all steps."""
-    model = CharacterModel(characters, hidden, backend=backend)
-    adam, state = Adam(model.parameters), None
-    seconds, losses = [], []
-    for inputs, targets in pairs:
+    model, optimizer = character_model(characters, hidden, backend=backend), Adam(LEARNING_RATE, BETAS)
+    seconds, losses, state = [], [], None
+    for pair in pairs:
         start = time.perf_counter()
-        loss, state = train_step(model, adam, inputs, targets, state, LEARNING_RATE)
+        loss, state = train_step(model, optimizer, pair, state)
         seconds.append(time.perf_counter() - start)
         losses.append(loss)
     return float(np.median(seconds[1:])), losses  # the first step is for warming up
@@ -342,14 +252,14 @@ def read_text(path: Path | None) -> str:
     return path.read_text(encoding="utf-8", errors="replace")
 
 
-def write_and_time(model: CharacterModel, corpus: Corpus, length: int = 800) -> tuple[str, float]:
+def write_and_time(model: Sequential, corpus: Corpus, length: int = 800) -> tuple[str, float]:
     """Let the model write `length` characters after the prompt; return the text and its characters a second."""
     prompt = PROMPT if set(PROMPT) <= set(corpus.vocabulary) else corpus.vocabulary[:1]
     number = {character: i for i, character in enumerate(corpus.vocabulary)}
     ids = np.array([number[character] for character in prompt])
-    list(model.write(ids, 1))  # compiles the step
+    generate(model, ids, 2, seed=0)  # compiles the step
     start = time.perf_counter()
-    written = list(model.write(ids, length))
+    written = generate(model, ids, length, temperature=TEMPERATURE, seed=0)
     seconds = time.perf_counter() - start
     return prompt + "".join(corpus.vocabulary[i] for i in written), length / seconds
 
@@ -382,15 +292,16 @@ def run(epochs: int = 8, hidden: int = 256, seconds: float = 60.0, text: Path | 
     """
     source = read_text(text)
     corpus = Corpus.from_text(source)
-    model = CharacterModel(len(corpus.vocabulary), hidden)
-    count = sum(parameter.size for parameter in model.parameters.values())
+    model = character_model(len(corpus.vocabulary), hidden)
     print(
         f"Text: {len(source):,} characters of {text or 'the standard library'}, {len(corpus.vocabulary)} different ones"
     )
-    print(f"Model: GRU with {hidden} hidden units, {count:,} parameters, on {fastrnn.get_num_threads()} threads")
+    count, threads = model.num_parameters, fastrnn.get_num_threads()
+    print(f"Model: GRU with {hidden} hidden units, {count:,} parameters, on {threads} threads")
 
     start = time.perf_counter()
-    model.loss_and_gradients(*windows(corpus.training)[0])
+    output, _, tape = model.forward(windows(corpus.training)[0][0])
+    model.backward(tape, output)
     print(f"Compiled, or loaded from the cache, in {time.perf_counter() - start:.1f} s", flush=True)
 
     reached = train(model, corpus, epochs, seconds, Progress(sys.stdout))

@@ -18,7 +18,6 @@ model, a recurrent layer may have been made with batch_first or without, and is 
 (2, 10)
 """
 
-import contextlib
 import fnmatch
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -680,7 +679,7 @@ class Sequential(Model):
         if isinstance(x, (tuple, list)):
             raise TypeError(f"x is a {type(x).__name__}, expected one array")
         name, layer = next(iter(self.layers.items()))
-        with _naming(name, layer):
+        with _Naming(name, layer):
             if isinstance(layer, Recurrent):
                 _check_x(layer, x)
             else:
@@ -716,7 +715,7 @@ class Sequential(Model):
         """
         after = []
         for (name, layer), own in zip(self.layers.items(), self._states(state), strict=True):
-            with _naming(name, layer):
+            with _Naming(name, layer):
                 x, new = _run(layer, layer, x, own, lengths, reset)
             after.append(new)
         return x, tuple(after)
@@ -727,7 +726,7 @@ class Sequential(Model):
         """Do as a call does, for training: dropout acts, and a tape is kept for `backward`."""
         after, tapes = [], []
         for (name, layer), own in zip(self.layers.items(), self._states(state), strict=True):
-            with _naming(name, layer):
+            with _Naming(name, layer):
                 x, new, tape = _run(layer, layer.forward, x, own, lengths, reset)
             after.append(new)
             tapes.append(tape)
@@ -760,7 +759,7 @@ class Sequential(Model):
             if gradient is None and (d_own is None or isinstance(layer, Layer)):
                 found = Gradients(None, None, {n: np.zeros_like(p) for n, p in layer.parameters.items()})  # type: ignore[arg-type]
             else:
-                with _naming(name, layer):
+                with _Naming(name, layer):
                     found = _run_back(layer, own, gradient, d_own)
             gradient = found.x
             states.append(found.state)
@@ -786,7 +785,7 @@ class Sequential(Model):
         """
         after = []
         for (name, layer), own in zip(self.layers.items(), self._states(state), strict=True):
-            with _naming(name, layer):
+            with _Naming(name, layer):
                 x_t, new = layer.step(x_t, own)
             after.append(new)
         return x_t, tuple(after)
@@ -998,13 +997,18 @@ def check_tape(layer: Any, tape: Any) -> None:
         raise ValueError(f"tape is of another layer, {tape.layer!r}, expected one of this {layer!r}")
 
 
-@contextlib.contextmanager
-def _naming(name: str, layer: Any) -> Iterator[None]:
-    """Let the message of an error begin with the layer's name."""
-    try:
-        yield
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"layer {name!r}, {layer!r}: {error}") from error
+class _Naming:
+    """Lets the message of an error begin with the layer's name. A step of a model is too short for contextlib."""
+
+    def __init__(self, name: str, layer: Any) -> None:
+        self.name, self.layer = name, layer
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if isinstance(error, (TypeError, ValueError)):
+            raise type(error)(f"layer {self.name!r}, {self.layer!r}: {error}") from error
 
 
 def _check_x(layer: Recurrent, x: Any) -> None:
@@ -1142,8 +1146,8 @@ def _draw(logits: Array, temperature: float, top_k: int | None, random: np.rando
         others = np.argpartition(logits, -top_k, axis=-1)[:, :-top_k]
         np.put_along_axis(logits, others, -np.inf, axis=-1)
     logits -= logits.max(axis=-1, keepdims=True)
-    with np.errstate(over="ignore"):  # a small temperature makes -infinity of what is less probable
-        sums = losses.softmax(logits / temperature).cumsum(axis=-1)
+    # A temperature that is smaller still changes nothing, and overflows.
+    sums = np.exp(logits / max(temperature, 1e-30)).cumsum(axis=-1)
     return (sums <= random.random((len(sums), 1)) * sums[:, -1:]).sum(axis=-1)
 
 
