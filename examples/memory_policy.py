@@ -26,7 +26,7 @@ import numpy as np
 
 from common import is_quick, report
 from fastrnn import LSTM
-from fastrnn.train import Adam, Linear, Sequential, clip_by_norm, softmax
+from fastrnn.train import Adam, Linear, Sequential, clip_by_norm, log_softmax
 
 NORTH, EAST, SOUTH, WEST = range(4)
 SIGNS, CORRIDOR, END = ((0, 1, 1), (1, 1, 0)), (1, 0, 1), (0, 1, 0)
@@ -130,11 +130,13 @@ def advantages(window: Window, following: np.ndarray) -> np.ndarray:
 def gradient_of_loss(outputs: np.ndarray, actions: np.ndarray, advantage: np.ndarray) -> np.ndarray:
     """Return the gradient of the mean over steps of the actor-critic's loss with respect to the outputs.
 
-    It is -log p(action) · advantage - ENTROPY · entropy + CRITIC · (value - (value before + advantage))², halved.
+    It is -log p(action) · advantage - ENTROPY · entropy + CRITIC / 2 · (value - target)²; the advantage and
+    the target, which is the value plus the advantage, count as constants.
     """
-    p = softmax(outputs[..., :4].astype(float))
-    entropy = -(p * np.log(p)).sum(axis=-1, keepdims=True)
-    policy = (p - np.eye(4)[actions]) * advantage[..., None] + ENTROPY * p * (np.log(p) + entropy)
+    logs = log_softmax(outputs[..., :4].astype(float))
+    p = np.exp(logs)
+    entropy = -(p * logs).sum(axis=-1, keepdims=True)
+    policy = (p - np.eye(4)[actions]) * advantage[..., None] + ENTROPY * p * (logs + entropy)
     gradient = np.concatenate([policy, -CRITIC * advantage[..., None]], axis=-1) / actions.size
     return gradient.astype(np.float32)
 

@@ -124,7 +124,7 @@ def main() -> None:
         x = padded([(row - mean) / deviation for row in spectra], 0)
         return {"x": x, "y": padded([np.array(row) for row in symbols], -1), "lengths": np.array([*map(len, spectra)])}
 
-    hidden, epochs, batch, rate = (64, 4, 8, 1.5e-2) if quick else (128, 5, 16, 5e-3)
+    hidden, epochs, batch, rate = (64, 5, 8, 8e-3) if quick else (128, 5, 16, 5e-3)
     model = Sequential(
         lstm=LSTM(len(mean), hidden, bidirectional=True, seed=0), output=Linear(2 * hidden, SYMBOLS + 1, seed=0)
     )
