@@ -3,8 +3,8 @@
 The digits are scikit-learn's, 1797 scans of 8 x 8 pixels (Alpaydin & Kaynak, UCI 1998). Each is a sequence of 8 rows
 of pixels; two layers read it downwards and upwards, and what both directions know at their ends decides. A quarter of
 the digits is kept for the test; a sixth of the others tells which epoch was the best, and when to stop. With so few
-digits a model soon knows them by heart; dropout is against that. The baseline is scikit-learn's
-logistic regression of all 64 pixels, which learns from the digits of the validation, too.
+digits a model soon knows them by heart; dropout is against that. The baseline is scikit-learn's logistic regression of
+all 64 pixels, which learns from the digits of the validation, too.
 
 With --quick there are fewer epochs, and a weaker baseline: which of the ten digits' mean pictures is the nearest.
 """
