@@ -24,7 +24,7 @@ import functools
 import math
 import numbers
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -109,7 +109,7 @@ def _check_operands(
     _check_shapes(x, {f"mask {k}": (T, B, D * W) for k in range(len(masks))}, masks)
 
 
-def _check_shapes(x: Tensor, shapes: dict[str, tuple[int, ...]], tensors: Sequence[Tensor | None]) -> None:
+def _check_shapes(x: Tensor, shapes: Mapping[str, tuple[int, ...]], tensors: Sequence[Tensor | None]) -> None:
     for (name, shape), tensor in zip(shapes.items(), tensors, strict=True):
         if tensor is not None and (tensor.shape != shape or tensor.dtype != x.dtype):
             got = f"is {tensor.dtype} of shape {tuple(tensor.shape)}"

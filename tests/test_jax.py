@@ -13,8 +13,12 @@ import pytest
 needs_jax = pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="JAX is not installed")
 
 
+# Nearly all the time is XLA's, compiling what runs once.
+QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+
+
 def run(*arguments):
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1", "XLA_FLAGS": QUICK}
     return subprocess.run(
         [sys.executable, *arguments], capture_output=True, text=True, timeout=900, env=environment, check=False
     )

@@ -224,7 +224,7 @@ def test_strided_input_and_parameters():
 
 def test_numbers_that_are_not_written_yet():
     """PyTorch keeps what is negated, and gradients that are zero, as a promise only."""
-    layer = fastrnn.torch.GRU(3, 5, dtype=torch.float64)
+    layer = ours.GRU(3, 5, dtype=torch.float64)
     promised = torch.randn(4, 2, 3, dtype=torch.complex128).conj().imag
     assert promised.is_neg()
     output, state = promised.new_zeros(0), torch._efficientzerotensor(1, 2, 5, dtype=torch.float64)
