@@ -143,6 +143,8 @@ def forward(
         raise NotImplementedError(f"recurrent_masks is given with the backend {backend!r}, expected {wanted}")
     x = check_array("x", x, DTYPES, (None, None, None), "(T, B, I)")
     T, B, I = x.shape
+    if I < 1:
+        raise ValueError(f"x has shape {x.shape}, expected (T, B, I) with I of 1 or more")
     dtype = x.dtype.newbyteorder("=")
     params, H, P = _check_params(cell, params, I, dtype)
     W = P or H

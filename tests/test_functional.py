@@ -119,3 +119,10 @@ def test_backends_have_the_same_two_functions():
 def test_default_backend_is_the_cpu():
     assert backend.load() is backend.load(None) is backend.load("cpu")
     assert backend.load().__name__ == "fastrnn.kernels.cpu"
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_input_without_a_size(backend):
+    params = {name: np.ones(shape) for name, shape in cell_shapes("gru", 0, 4).items()}
+    with pytest.raises(ValueError, match=r"x has shape \(3, 2, 0\), expected \(T, B, I\) with I of 1 or more"):
+        functional.forward("gru", np.ones((3, 2, 0)), params, backend=backend)
