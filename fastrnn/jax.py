@@ -19,6 +19,7 @@ an exception.
 """
 
 import atexit
+import collections
 import ctypes
 import dataclasses
 import functools
@@ -175,6 +176,8 @@ _DTYPES = {
 
 _REMEMBERED = 32  # stacks of layers
 _stacks: dict[Any, list[Any]] = {}
+_used: collections.Counter[int] = collections.Counter()  # how many passes use each, by its id
+_lock = threading.Lock()
 _thread = threading.local()
 
 
@@ -185,8 +188,7 @@ def _array(dtype: int, address: int, shape: Sequence[int]) -> np.ndarray:
 def _read(call: Call, count: int, table: list[int]) -> tuple[list[Any], list[Any]]:
     """Return the arrays of a table of dtypes, addresses, ranks and lengths, and the parameters in the backend's hands.
 
-    These are those of an earlier call, where the parameters stood at the same places: the backend notices where the
-    numbers have changed since then.
+    These are to be given back to `_leave`.
     """
     where = call.slices[2]
     rows: list[Any] = []
@@ -197,15 +199,49 @@ def _read(call: Call, count: int, table: list[int]) -> tuple[list[Any], list[Any
         at = end
     if count != call.slices[-1].stop:
         raise RuntimeError(f"{call} has {count} operands, expected {call.slices[-1].stop}")
-    key = call.spec, *map(tuple, rows[where])
-    prepared = _stacks.pop(key, None)
-    if prepared is None:
-        prepared = stack.prepare(call.spec, [_array(row[0], row[1], row[3:]) for row in rows[where]])
-        while len(_stacks) >= _REMEMBERED:
-            _stacks.pop(next(iter(_stacks), None), None)
-    _stacks[key] = prepared  # the last again, so that the first is the one that was used least recently
+    prepared = _enter(call.spec, rows[where])
     rows[where] = [None] * len(rows[where])
     return [row and _array(row[0], row[1], row[3:]) for row in rows], prepared
+
+
+def _enter(spec: Spec, rows: list[list[int]]) -> list[Any]:
+    """Return the parameters of these rows of the table in the backend's hands.
+
+    They are those of an earlier call, where the parameters stood at the same places: the backend notices where the
+    numbers have changed since then. XLA puts those of each training step somewhere else; so, once there are many, those
+    of the same shapes move that were used least recently, with all the memory that they work in.
+    """
+    key = spec, *map(tuple, rows)
+    with _lock:
+        prepared = _stacks.pop(key, None)
+        if prepared is None:
+            params = [_array(row[0], row[1], row[3:]) for row in rows]
+            if len(_stacks) >= _REMEMBERED:
+                shapes = _shapes(key)
+                old = next((k for k, one in _stacks.items() if not _used[id(one)] and _shapes(k) == shapes), None)
+                oldest = _stacks.pop(next(iter(_stacks)) if old is None else old)
+                prepared = None if old is None else oldest
+            if prepared is None:
+                prepared = stack.prepare(spec, params)
+            else:
+                for one, part in zip(prepared, spec.split(params), strict=True):
+                    one.move(part)
+        _stacks[key] = prepared  # the last again, so that the first is the one that was used least recently
+        _used[id(prepared)] += 1
+    return prepared
+
+
+def _leave(prepared: list[Any]) -> None:
+    """Note that a pass uses them no longer."""
+    with _lock:
+        _used[id(prepared)] -= 1
+        if not _used[id(prepared)]:
+            del _used[id(prepared)]
+
+
+def _shapes(key: Any) -> tuple[Any, ...]:
+    """Return what a key says besides addresses."""
+    return key[0], *((dtype, lengths) for dtype, _, _, *lengths in key[1:])
 
 
 def _serve(address: int, count: int, to: int) -> None:
@@ -219,8 +255,11 @@ def _serve(address: int, count: int, to: int) -> None:
         name, size, number, *table = _array(5, address, (count,)).tolist()
         call = _parse(ctypes.string_at(name, size))
         arrays, prepared = _read(call, number, table)
-        for result, into in zip(_compute(call, arrays, prepared), arrays[number:], strict=True):
-            into[...] = result if result.shape == into.shape else result.reshape(into.shape)
+        try:
+            for result, into in zip(_compute(call, arrays, prepared), arrays[number:], strict=True):
+                into[...] = result if result.shape == into.shape else result.reshape(into.shape)
+        finally:
+            _leave(prepared)
         xla.answer(to, xla.DONE)
     except BaseException as error:
         code = next((code for kind, code in xla.CODES.items() if isinstance(error, kind)), xla.INTERNAL)

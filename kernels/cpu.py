@@ -266,7 +266,6 @@ class Prepared:
     def __init__(self, cell, params, keep=True):
         self.cell = LSTM_PROJECTED if "weight_hr" in params else CELLS[cell]
         self.stages = self.cell.stages if len(self.cell.stages) == 2 else (*self.cell.stages, None)
-        self.params = params
         self.dtype = params["weight_ih"].dtype
         self.hidden = params["weight_ih"].shape[0] // self.cell.gates
         self.h = params["weight_hh"].shape[1]
@@ -277,12 +276,19 @@ class Prepared:
         self.x_blocks = [block for stage in self.cell.stages for block in stage.x_blocks]
         # What is kept is compared with the arrays that are seen here: not with those that would be copied first.
         self.keep = keep and all(array.flags.c_contiguous for array in params.values())
-        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
-        self.arrays = [params[name].reshape(-1) if name in params else _none(self.dtype) for name in names]
         self._packed: Packed | None = None
         self._packed_back: tuple | None = None
         self._plans: list[Plan] = []
         self.back_plans: list[BackPlan] = []
+        self.move(params)
+
+    def move(self, params):
+        """Take the parameters from other arrays of these shapes, in order as well. No call may be under way."""
+        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
+        self.params = params
+        self.arrays = [params[name].reshape(-1) if name in params else _none(self.dtype) for name in names]
+        for plan in self._plans:
+            plan.jobs["params"] = [_address(array) for array in self.arrays]
 
     def kernel(self, masks) -> tuple[tuple, tuple]:
         """The key of the compiled kernel and its stages, for calls with so many masks."""

@@ -21,7 +21,8 @@ from jax.sharding import PartitionSpec
 
 import fastrnn
 import fastrnn.jax as ours
-from fastrnn import functional
+from fastrnn import functional, stack
+from fastrnn.kernels import cpu
 
 jax.config.update("jax_enable_x64", True)
 
@@ -401,6 +402,30 @@ def test_parameters_that_change():
         np.testing.assert_allclose(run(problem.x, params), other(params), **TOLERANCE[np.float32])
         params = update(params)
     assert len(ours._stacks) <= ours._REMEMBERED
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_parameters_at_many_places(threads, monkeypatch):
+    """What was made for the first ones is taken for the next ones."""
+    monkeypatch.setattr(cpu, "THREAD_FLOPS", 1)
+    monkeypatch.setattr(ours, "_stacks", {})
+    prepare, made = stack.prepare, []
+    monkeypatch.setattr(stack, "prepare", lambda *given: made.append(given) or prepare(*given))
+    before = fastrnn.get_num_threads()
+    fastrnn.set_num_threads(threads)
+    try:
+        problem = Problem("gru", np.float32, bidirectional=True)
+        run, expected = (
+            jax.jit(jax.value_and_grad(lambda p, f=f: f(problem.x, problem.state, p)[0].sum()))
+            for f in (ours.gru, scanned("gru"))
+        )
+        places = [jax.tree.map(lambda a, n=n: a * (1 - n / 25), problem.params) for n in range(50)]  # all of them stay
+        for params in [*places, *places]:
+            compare(jax.tree.leaves(run(params)), jax.tree.leaves(expected(params)), np.float32)
+    finally:
+        fastrnn.set_num_threads(before)
+    assert len(made) == len(ours._stacks) == ours._REMEMBERED
+    assert not ours._used
 
 
 # ---- errors
