@@ -8,8 +8,9 @@ everything is white noise of standard deviation 0.5. The features are logarithms
 the loss of connectionist temporal classification (A. Graves et al., 2006).
 
 The baseline is told more: what is heard in the middle of each window for training. Linear discriminant analysis finds
-the symbol or pause whose mean spectrum is nearest to a window's, by the covariance that they have in common. Repeats
-are merged; pauses are removed, and so are runs of few windows: how few is what does best on the training utterances.
+the symbol or pause whose mean spectrum is nearest to a window's, by the covariance that they have in common. Runs of
+few windows are left out, where how few is what does best on the training utterances; then repeats are merged, and
+pauses left out.
 """
 
 import os
@@ -72,9 +73,10 @@ def data(count: int, seed: int) -> tuple[list, list, list]:
 
 
 def merged(windows: np.ndarray, shortest: int) -> list[int]:
-    """Return the symbols of runs of windows of at least some length."""
+    """Return the symbols without repeats and pauses, after leaving out runs of fewer windows than `shortest`."""
     runs = ((symbol, len(list(run))) for symbol, run in itertools.groupby(windows.tolist()))
-    return [symbol for symbol, length in runs if symbol != PAUSE and length >= shortest]
+    kept = [symbol for symbol, length in runs if length >= shortest]
+    return [symbol for symbol, _ in itertools.groupby(kept) if symbol != PAUSE]
 
 
 def baseline(training: tuple[list, list, list], test: tuple[list, list, list]) -> float:
