@@ -2,8 +2,8 @@
 
 The model is the one of many articles on Keras: Embedding 1000 to 64, LSTM 128, Dense 10, 164 106 parameters. It sees
 100 words and signs from one of the ten largest packages and names the package; what it is tested on are files that it
-has not seen. An epoch with keras.layers.LSTM and the same epoch with fastrnn.keras.LSTM are timed, and must end at the
-same loss. KERAS_BACKEND chooses torch (the default), jax or tensorflow.
+has not seen. The same epoch with keras.layers.LSTM and with fastrnn.keras.LSTM is timed, after a few updates that must
+end at the same loss. KERAS_BACKEND chooses torch (the default), jax or tensorflow.
 """
 
 import os
@@ -33,7 +33,7 @@ def build(layer: type[keras.layers.Layer]) -> keras.Model:
         keras.layers.Dense(CLASSES),
     ])  # fmt: skip
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(keras.optimizers.Adam(3e-3), loss, metrics=["accuracy"])
+    model.compile(keras.optimizers.Adam(2e-3, global_clipnorm=1.0), loss, metrics=["accuracy"])
     return model
 
 
@@ -79,19 +79,20 @@ def epochs(model: keras.Model, x: np.ndarray, y: np.ndarray, number: int) -> tup
 
 def main() -> None:
     quick = is_quick(__doc__)
-    x, y, x_test, y_test = data(320 if quick else 1920)
+    x, y, x_test, y_test = data(640 if quick else 1920)
+    few = slice(10 * BATCH)  # updates, behind which roundings are not yet seen in the loss
     results = []
     for layer in (keras.layers.LSTM, LSTM):
         build(layer).fit(x[:BATCH], y[:BATCH], verbose=0)  # what is compiled once
         model = build(layer)
-        model.fit(x[:BATCH], y[:BATCH], verbose=0)
-        results.append(epochs(model, x, y, 1))
+        loss, _ = epochs(model, x[few], y[few], 1)
+        _, seconds = epochs(model, x, y, 1)
+        results.append((loss, seconds))
     model.summary()
     (theirs, slow), (ours, fast) = results
     name = keras.backend.backend()
     print(f"{name}: {slow:.2f} s an epoch with keras.layers.LSTM, {fast:.2f} s with fastrnn.keras.LSTM")
-    # The same numbers but for roundings, which some dozen steps of the optimizer make larger.
-    if not abs(theirs - ours) < 1e-2 * theirs:
+    if not abs(theirs - ours) < 1e-4 * theirs:
         raise SystemExit(f"the losses are {theirs} and {ours}, expected the same")
     if model.count_params() != 164_106:
         raise SystemExit(f"the model has {model.count_params()} parameters, expected 164 106")
