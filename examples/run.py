@@ -88,11 +88,15 @@ def main() -> None:
     unknown = set(arguments.names) - set(names())
     if unknown:
         parser.error(f"there is no example {', '.join(sorted(unknown))}")
-    results = {name: run(name, arguments.quick) for name in arguments.names or names()}
-    skipped = [name for name, result in results.items() if result is None]
-    print(f"{len(results) - len(skipped)} of {len(results)} examples ran; skipped: {', '.join(skipped) or 'none'}")
-    if not arguments.quick:
-        write({name: result for name, result in results.items() if result is not None})
+    chosen = arguments.names or names()
+    skipped = []
+    for name in chosen:
+        result = run(name, arguments.quick)
+        if result is None:
+            skipped.append(name)
+        elif not arguments.quick:
+            write({name: result})
+    print(f"{len(chosen) - len(skipped)} of {len(chosen)} examples ran; skipped: {', '.join(skipped) or 'none'}")
 
 
 if __name__ == "__main__":
