@@ -67,8 +67,10 @@ def with_ray(encode: Encoder, x: np.ndarray) -> tuple[np.ndarray, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ray", action="store_true", help="with Ray Data; without, with Dask")
-    ray = parser.parse_args().ray
-    x = np.random.default_rng(0).standard_normal((ROWS, STEPS, INPUTS)).astype(np.float32)
+    parser.add_argument("--quick", action="store_true", help="a quarter of the sequences")
+    arguments = parser.parse_args()
+    ray, rows = arguments.ray, ROWS // 4 if arguments.quick else ROWS
+    x = np.random.default_rng(0).standard_normal((rows, STEPS, INPUTS)).astype(np.float32)
     encode = Encoder(fastrnn.GRU(INPUTS, HIDDEN, batch_first=True, seed=0))
     encode(x[:BATCH])  # compile, or load what was compiled: the workers find it
     start = time.perf_counter()
@@ -77,7 +79,7 @@ def main() -> None:
     result, seconds = (with_ray if ray else with_dask)(encode, x)
     if not np.array_equal(result, expected):
         raise SystemExit("the workers' results differ from those of one call")
-    print(f"{ROWS} sequences of {STEPS} steps: {direct:.2f} s in one call on one thread,")
+    print(f"{rows} sequences of {STEPS} steps: {direct:.2f} s in one call on one thread,")
     print(
         f"{seconds:.2f} s in {WORKERS} workers of {'Ray Data' if ray else 'Dask'}, their start included; the same bits"
     )

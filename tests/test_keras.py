@@ -22,22 +22,38 @@ FLAGS = {
 }
 
 
-@pytest.mark.parametrize("backend", ["torch", "jax", "tensorflow", "numpy"])
-def test_the_layers_are_equal_to_those_of_keras(backend):
-    for package in ("keras", backend):
-        if importlib.util.find_spec(package) is None:
-            pytest.skip(f"{package} is not installed")
-    # Warnings of this library are errors there, too; what Keras and its backends deprecate among them is theirs.
-    options = "-q -x -p no:cacheprovider -o filterwarnings= -W error::UserWarning -W ignore::DeprecationWarning".split()
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, CHECKS],
-        cwd=ROOT,
-        env={**os.environ, **FLAGS, "KERAS_BACKEND": backend},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-6000:]
+# Warnings of this library are errors there, too; what Keras and its backends deprecate among them is theirs.
+OPTIONS = "-q -x -p no:cacheprovider -o filterwarnings= -W error::UserWarning -W ignore::DeprecationWarning".split()
+BACKENDS = ["tensorflow", "jax", "torch", "numpy"]
+
+
+def missing(backend):
+    return next((name for name in ("keras", backend) if importlib.util.find_spec(name) is None), None)
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory):
+    """The checks of every backend and what they print, begun together: each keeps one processor busy for a minute."""
+    folder, begun = tmp_path_factory.mktemp("keras"), {}
+    for backend in BACKENDS:
+        if missing(backend) is None:
+            with open(folder / backend, "w") as file:
+                environment = {**os.environ, **FLAGS, "KERAS_BACKEND": backend}
+                command = [sys.executable, "-m", "pytest", *OPTIONS, CHECKS]
+                process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
+            begun[backend] = process, folder / backend
+    yield begun
+    for process, _ in begun.values():
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_layers_are_equal_to_those_of_keras(backend, processes):
+    if missing(backend):
+        pytest.skip(f"{missing(backend)} is not installed")
+    process, printed = processes[backend]
+    assert process.wait() == 0, printed.read_text()[-6000:]
 
 
 def test_without_keras_the_error_says_what_to_install():
