@@ -18,7 +18,7 @@ from llvmlite import binding
 from numba.core import config
 from numpy import empty, ndarray
 
-from fastrnn.kernels import barrier, threads
+from fastrnn.kernels import barrier, guard, threads
 from fastrnn.kernels.cells import CELLS, LSTM_PROJECTED
 from fastrnn.kernels.packing import address, checksum_of, pack_columns, pack_stage
 from fastrnn.kernels.product import (
@@ -31,8 +31,10 @@ from fastrnn.kernels.product import (
 from fastrnn.kernels.simd import VECTOR_BITS, machine
 from fastrnn.kernels.stage import SOURCE, UNITS, Masked, call, entry
 from fastrnn.kernels.walk import (
+    ADDRESSES,
     DONE,
     JOB,
+    OF_A_CALL,
     ROWS,
     TILE_ROWS,
     Back,
@@ -190,12 +192,19 @@ class Packed(NamedTuple):
 
 
 def _address(array) -> int:
-    """Where an array's numbers are; 0 if it has none."""
-    return call(address, (array.dtype, array.ndim), SOURCE, array) if array.size else 0
+    """Where a contiguous array's numbers are; 0 if it has none."""
+    return guard.note(array, call(address, array.dtype, SOURCE, array.ravel())) if array.size else 0
+
+
+guard.addresses[JOB] = ADDRESSES
 
 
 class Plan:
-    """How calls of one shape are carried out, and the memory that one of them at a time works in."""
+    """How calls of one shape are carried out, and the memory that one of them at a time works in.
+
+    It outlives the calls, and its jobs hold addresses. So all that they point to is the plan's own, or kept alive by
+    it: `memory`, `arrays`, `packed`; but for what is a call's, whose addresses stand there from `begin` to `end`.
+    """
 
     def __init__(self, prepared, key, kernel, stages, size, crews, scratch, length):
         self.key = key
@@ -206,19 +215,20 @@ class Plan:
         self.threads = key[-1]
         self.entry = None  # the compiled kernel, where the last call was a plain one,
         self.entry_steps = -1  # and its steps
+        self.asked: tuple | None = None  # what the last call was asked for, in the order of ASKED
+        self.of_a_call: list[str] = []  # the fields that hold addresses of its arrays
         self.output_shape = (size.steps * size.batch, size.h)
         self.states = tuple([(1, size.batch, n) for n in (size.h, size.hidden)][: prepared.cell.states])
         self.zeros = tuple([np.zeros(shape, prepared.dtype) for shape in self.states])
         self.packed: Packed | None = None
-        self.options: tuple | None = None
         values = _aligned(prepared.cell.values * size.slots * size.batch * size.ld, prepared.dtype, zero=True)
-        self.memory = [values, scratch]  # the jobs hold addresses alone
+        self.memory = [values, scratch, [crew.sync for crew in crews]]
         self.jobs = jobs = np.zeros(len(crews), JOB)
         for name, value in size._asdict().items():
             jobs[name] = value
         jobs["values"] = _address(values)
         jobs["tape_row"] = prepared.cell.tape * size.hidden
-        jobs["params"] = [_address(array) for array in prepared.arrays]
+        self.look_at(prepared.arrays)
         jobs["counts"] = [array.size for array in prepared.arrays]
         for job, crew, own in zip(jobs, crews, scratch, strict=True):
             job["row0"], job["row1"], job["part"], _, sync = crew
@@ -226,7 +236,8 @@ class Plan:
             job["ahead"] = own.ahead
             job["sums"] = _address(own.first), _address(own.second)
             job["masked"] = _address(own.masked)
-            job["places"] = _address(own.places), own.buffer, own.output, own.tape
+            job["places"] = _address(own.places)
+            job["begins"] = own.buffer, own.output, own.tape
         self.stages = stages
         self.arguments = (*stages, jobs, 0, 1)
 
@@ -245,15 +256,37 @@ class Plan:
         slots = self.memory[0].reshape(-1, size.slots, size.batch, size.ld)[:, s % size.slots]
         return tuple([rows.restore(slots[v, :, : shape[2]])[None] for v, shape in enumerate(self.states)])
 
-    def set(self, *options):
-        """What the call is asked for: integers, in the order of OPTIONS."""
-        if options != self.options:
-            self.options = options
-            for name, value in zip(OPTIONS, options, strict=True):
+    def look_at(self, arrays):
+        """These are the parameters, whose checksum is taken."""
+        self.arrays = arrays
+        self.jobs["params"] = [_address(array) for array in arrays]
+
+    def begin(self, walk):
+        """What the call is asked for, and where its arrays are."""
+        asked = walk.output_row, walk.column, walk.tape_start, walk.reverse
+        if asked != self.asked:
+            self.asked, self.entry_steps = asked, -1
+            for name, value in zip(ASKED, asked, strict=True):
                 self.jobs[name] = value
+        for name in OF_A_CALL:
+            array = getattr(walk, name)
+            if array.size:
+                self.of_a_call.append(name)
+                self.jobs[name] = _address(array)
+
+    def end(self):
+        """Forget the call's arrays."""
+        for name in self.of_a_call:
+            self.jobs[name] = 0
+        self.of_a_call.clear()
+
+    def is_plain(self, steps) -> bool:
+        """Whether the last call, of so many steps, was one that :meth:`Prepared.again` can make once more."""
+        asked = self.asked == (self.size.h, 0, 0, False)
+        return asked and len(self.crews) == 1 and self.key[2] == 0 and 0 < steps <= self.length
 
 
-OPTIONS = ("output_row", "column", "tape", "tape_start", "order", "active", "reset", "reverse", "masks")
+ASKED = ("output_row", "column", "tape_start", "reverse")
 
 
 class Prepared:
@@ -287,8 +320,6 @@ class Prepared:
         names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
         self.params = params
         self.arrays = [params[name].reshape(-1) if name in params else _none(self.dtype) for name in names]
-        for plan in self._plans:
-            plan.jobs["params"] = [_address(array) for array in self.arrays]
 
     def kernel(self, masks) -> tuple[tuple, tuple]:
         """The key of the compiled kernel and its stages, for calls with so many masks."""
@@ -323,18 +354,17 @@ class Prepared:
         final = tuple([s.copy() if lengths is not None or not size.steps else np.empty_like(s) for s in initial])
         tape_row = self.cell.tape * size.hidden
         walk = Sequences(
-            x, output, output.shape[2], column,
+            x.reshape(-1), output.reshape(-1), output.shape[2], column,
             np.empty(size.steps * size.batch * tape_row if training and not recompute else 0, self.dtype), tape_row, 0,
-            rows.order, rows.active, _none(np.bool_) if reset is None else reset, reverse, masks,
+            rows.order, rows.active, _none(np.bool_) if reset is None else reset.reshape(-1), reverse, masks,
         )  # fmt: skip
         states = [initial]  # before each chunk of the way back
         for s0, s1, _ in self.chunks(size, rows, reverse) if recompute else [(0, size.steps, None)]:
             if s0:
                 states.append(plan.state(s0, rows))
             self.walk(plan, walk, initial, final, s0, s1, begins=s0 == 0)
-        plain = plan.options == (size.h,) + (0,) * 8 and len(plan.crews) == 1 and size.steps <= plan.length
-        plain = plain and size.steps > 0
-        plan.entry, plan.entry_steps = (entry(forward_rows, plan.kernel), size.steps) if plain else (None, -1)
+        if plan.is_plain(size.steps):
+            plan.entry, plan.entry_steps = entry(forward_rows, plan.kernel), size.steps
         packed = plan.packed or self.packed()
         tape = Tape(self, size, rows, walk, states, recompute, packed.checksum) if training else None
         self.give_back(plan, rows)
@@ -355,7 +385,8 @@ class Prepared:
             return None
         result = None
         dtype, shapes = self.dtype, plan.states
-        if plan.entry_steps == steps and plan.threads == threads.get_num_threads() and x.dtype is dtype:
+        alike = plan.entry_steps == steps and plan.threads == threads.get_num_threads() and x.dtype is dtype
+        if alike and plan.arrays is self.arrays:
             if state is None:
                 state = plan.zeros
             final = [
@@ -372,10 +403,13 @@ class Prepared:
 
     def walk(self, plan, walk, initial, final, s0, s1, begins):
         """Steps s0 to s1, on as many threads as there are crews."""
-        plan.set(
-            walk.output_row, walk.column, _address(walk.tape), walk.tape_start, _address(walk.order),
-            _address(walk.active), _address(walk.reset), int(walk.reverse), _address(walk.masks),
-        )  # fmt: skip
+        plan.begin(walk)
+        try:
+            self._walk(plan, walk, initial, final, s0, s1, begins)
+        finally:
+            plan.end()
+
+    def _walk(self, plan, walk, initial, final, s0, s1, begins):
         x, output = walk.x.reshape(-1, plan.size.inputs), walk.output.reshape(-1, walk.output_row)
         one = len(plan.crews) == 1
         if plan.packed is None or not one:
@@ -407,6 +441,8 @@ class Prepared:
         key = (shape, reset, masks, threads.get_num_threads())
         plan = _taken(self._plans, key) if rows.lengths is None else None
         if plan is not None:
+            if plan.arrays is not self.arrays:
+                plan.look_at(self.arrays)
             return plan
         size = Sizes(*shape, self.hidden, self.h, self.ld, 2)
         flops = _flops(self.cell, size, rows.steps)
@@ -418,7 +454,7 @@ class Prepared:
     def masks(self, given, rows) -> np.ndarray:
         """The masks [masks, B, ld] in the order of the rows; empty where there are none."""
         if given is None:
-            return _none(self.dtype)
+            return _none(self.dtype).reshape(0, 0, 0)
         given = given if given.ndim == 3 else given[None]
         count, batch, width = given.shape
         masks = _aligned(count * batch * self.ld, self.dtype, zero=True).reshape(count, batch, self.ld)
@@ -435,8 +471,9 @@ class Prepared:
         rows = _sort(lengths, *x.shape[:2])
         size, checksum = Sizes(*x.shape, self.hidden, self.h, self.ld, 2), self.packed().checksum if self.keep else 0
         walk = Sequences(
-            x, output, output.shape[2], column, kept, self.cell.tape * self.hidden, 0, rows.order, rows.active,
-            _none(np.bool_) if reset is None else reset, reverse, self.masks(recurrent_masks, rows),
+            x.reshape(-1), output.reshape(-1), output.shape[2], column, kept.reshape(-1), self.cell.tape * self.hidden,
+            0, rows.order, rows.active, _none(np.bool_) if reset is None else reset.reshape(-1), reverse,
+            self.masks(recurrent_masks, rows),
         )  # fmt: skip
         return Tape(self, size, rows, walk, [tuple([s[None] for s in state])], False, checksum)
 
@@ -457,7 +494,7 @@ class Prepared:
         """Who does what: threads share the rows or, where these are few, the units; the latter needs more slots."""
         batch, parts = size.batch, _parts(self.cell, size, flops)
         most = min(threads.cores(), -(-size.h // _line(self.dtype)))  # more could not run at a time
-        if can_share and batch < parts * FEW_ROWS and min(parts, most) > 1:
+        if can_share and 0 < batch < parts * FEW_ROWS and min(parts, most) > 1:
             parts = min(parts, most)
             slots = SLOT_BYTES // (self.cell.values * batch * size.ld * self.dtype.itemsize)
             sync = barrier.new(parts, _patience(flops / max(1, size.steps)))
@@ -655,7 +692,7 @@ class _Gradients:
         """(first column of d, operand, places of its rows, its columns, gradient) of each weight."""
         stages, size = self.prepared.cell.stages, self.plan.size
         numbers = way.numbers[:rows]
-        yield 0, walk.x.reshape(-1), numbers * size.inputs, size.inputs, self.weight_ih
+        yield 0, walk.x, numbers * size.inputs, size.inputs, self.weight_ih
         done = masked = 0
         for stage, column in zip(stages, self.h_columns, strict=False):
             if stage.x_blocks:
@@ -718,19 +755,21 @@ def backward(tape, d_output, d_state):
     plan = prepared.back_plan(tape)
     size = plan.size
 
-    dx = np.empty(walk.x.shape, dtype)
-    d_output = _none(dtype) if d_output is None else d_output
+    # Kernels are handed flat arrays, whatever there is of them: one form, for which they are compiled once.
+    dx = np.empty((size.steps, size.batch, size.inputs), dtype)
+    flat_dx, d_output = dx.reshape(-1), _none(dtype) if d_output is None else d_output.reshape(-1)
     given = d_state or (None,) * len(initial)
+    d_initial = tuple([np.zeros_like(s[0]) if d is None else d.copy() for s, d in zip(initial, given, strict=True)])
     way = plan.way._replace(
         initial=initial,
-        d_final=tuple([_none(dtype) if d is None else d for d in given]),
-        d_initial=tuple([np.zeros_like(s[0]) if d is None else d.copy() for s, d in zip(initial, given, strict=True)]),
+        d_final=tuple([_none(dtype) if d is None else d.reshape(-1) for d in given]),
+        d_initial=tuple([d.reshape(-1) for d in d_initial]),
     )
     gradients = _Gradients(prepared, plan, (back.column, back2.column))
 
     def part(crew, p):
         call(
-            backward_rows, plan.kernel, *plan.stages, size, walk, here, wx, x_rows, back, back2, d_output, dx,
+            backward_rows, plan.kernel, *plan.stages, size, walk, here, wx, x_rows, back, back2, d_output, flat_dx,
             *plan.scratch[p], crew, s1 == size.steps, s0, s1,
         )  # fmt: skip
 
@@ -748,7 +787,7 @@ def backward(tape, d_output, d_state):
         prepared.give_back(recomputed.plan, rows)
     if prepared.keep and plan.small and rows.lengths is None:
         prepared.back_plans.append(plan)
-    return dx, gradients.named(), way.d_initial
+    return dx, gradients.named(), d_initial
 
 
 class _Recomputed:
@@ -757,7 +796,7 @@ class _Recomputed:
     def __init__(self, tape, chunks):
         self.tape, self.chunks = tape, chunks
         prepared, walk = tape.prepared, tape.walk
-        self.plan = prepared.plan(walk.x.shape, tape.rows, walk.reset.size > 0, len(walk.masks))
+        self.plan = prepared.plan(tape.size[:3], tape.rows, walk.reset.size > 0, len(walk.masks))
         steps = max((s1 - s0 for s0, s1, _ in chunks), default=0)
         self.memory = np.empty(steps * tape.size.batch * walk.tape_row, prepared.dtype)
         self.final = tuple([np.empty_like(s) for s in tape.states[0]])

@@ -28,6 +28,7 @@ from numba.extending import (
     unbox,
 )
 
+from fastrnn.kernels import guard
 from fastrnn.kernels.cells import CELLS, H, Stage
 from fastrnn.kernels.product import VECTORS
 
@@ -150,8 +151,9 @@ def _of_any_flags(typ):
     """The type, with every array in it as a writeable one: a kernel is compiled once whatever flags come later."""
     if isinstance(typ, types.Array):
         return typ.copy(readonly=False)
-    if isinstance(typ, types.BaseNamedTuple):
-        return types.BaseTuple.from_types(tuple(map(_of_any_flags, typ.types)), typ.instance_class)
+    if isinstance(typ, types.BaseTuple):
+        parts = tuple(map(_of_any_flags, typ.types))
+        return types.BaseTuple.from_types(parts, getattr(typ, "instance_class", None))
     return typ
 
 
@@ -162,13 +164,17 @@ def call(kernel, key, *args):
     """kernel(*args), without looking at the arguments' types each time: `key` stands for them.
 
     Numba's own dispatch takes 10 µs for each argument of a type that it does not know, and compiles anew for read-only
-    arrays. Whoever calls by a key gives arguments of the same types with it every time, or the process ends.
+    arrays. Whoever calls by a key gives arguments of the same types with it every time, or the process ends:
+    :mod:`fastrnn.kernels.guard` checks it.
     """
     point = _entries.get((kernel, key))
     if point is None:
         types_of = tuple(_of_any_flags(typeof(argument)) for argument in args)
         kernel.compile(types_of)
-        point = _entries[kernel, key] = kernel.overloads[types_of].entry_point
+        point = kernel.overloads[types_of].entry_point
+        if guard.ENABLED:
+            point = guard.guarded(point, kernel.py_func.__name__, types_of)
+        _entries[kernel, key] = point
     return point(*args)
 
 

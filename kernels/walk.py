@@ -96,15 +96,18 @@ class Scratch(NamedTuple):
 
 
 DONE, CHANGED = 1, 0
-# What `forward_rows` is called for: sizes, and addresses of arrays.
+# What `forward_rows` is called for: sizes, and addresses of arrays. Those of a call's own arrays stand there during the
+# call alone.
+OF_A_CALL = ("tape", "order", "active", "reset", "masks")
+ADDRESSES = (*OF_A_CALL, "values", "masked", "places", "sync", "packed", "sums", "params")
 JOB = np.dtype(
     [
         (name, np.int64)
         for name in """steps batch inputs hidden h ld slots  output_row column tape tape_row tape_start order active
-        reset reverse masks  ahead values masked  row0 row1 part sync  checksum""".split()
+        reset reverse masks  ahead values masked places  row0 row1 part sync  checksum""".split()
     ]
     + [(name, np.int64, 2) for name in "packed packed_h packed_bias sums".split()]
-    + [("places", np.int64, 4), ("params", np.int64, 5), ("counts", np.int64, 5)]
+    + [("begins", np.int64, 3), ("params", np.int64, 5), ("counts", np.int64, 5)]
 )
 
 
@@ -384,7 +387,7 @@ def forward_rows(first, second, jobs, number, parts, x, output, initial, final, 
     weights2 = Weights(at_address(job.packed[1], x), job.packed_h[1], job.packed_bias[1])
     scratch = Scratch(
         job.ahead, at_address(job.sums[0], x), at_address(job.sums[1], x), at_address(job.masked, x),
-        integers_at(job.places[0]), job.places[1], job.places[2], job.places[3],
+        integers_at(job.places), job.begins[0], job.begins[1], job.begins[2],
     )  # fmt: skip
     crew = Crew(job.row0, job.row1, job.part, parts, integers_at(job.sync))
     _forward_rows(
