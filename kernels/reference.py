@@ -240,22 +240,21 @@ def _choose(where, new, old):
 # ---- the cells: the formula of one step, forward and back
 
 
+# Gates are columns of one array. Functions of a gate return an array of their own, which is then copied into the
+# columns: in-place operations on strided views are where NumPy has been wrong (np.negative(v, out=v) in 2.4.6).
+
+
 def sigmoid(a):
-    """1 / (1 + exp(-a)), in place; where exp overflows, 1 / infinity is 0, as it should be."""
-    np.negative(a, out=a)
-    np.exp(a, out=a)
-    a += 1
-    np.reciprocal(a, out=a)
-
-
-def tanh(a):
-    """tanh(a), in place."""
-    np.tanh(a, out=a)
+    """1 / (1 + exp(-a)); where exp overflows, 1 / infinity is 0, as it should be."""
+    y = np.negative(a)
+    np.exp(y, out=y)
+    y += 1
+    return np.reciprocal(y, out=y)
 
 
 def relu(a):
-    """max(a, 0), in place."""
-    np.maximum(a, 0, out=a)
+    """max(a, 0)."""
+    return np.maximum(a, 0)
 
 
 def d_sigmoid(y, dy):
@@ -344,13 +343,12 @@ class Cell:
 class RNN(Cell):
     """h' = activation(W_ih x + b_ih + W_hh h + b_hh): Elman 1990, https://doi.org/10.1207/s15516709cog1402_1."""
 
-    activation = staticmethod(tanh)
+    activation = staticmethod(np.tanh)
     derivative = staticmethod(d_tanh)
 
     def forward(self, sums, state):
         (h,) = state
-        sums += _times(h, self.W_hh, self.masks)
-        self.activation(sums)
+        sums[:] = self.activation(sums + _times(h, self.W_hh, self.masks))
         return (sums,), None
 
     def backward(self, d_state, gates, before, kept, d):
@@ -389,9 +387,9 @@ class LSTM(Cell):
         h, c = state
         sums += _times(h, self.W_hh, self.masks)
         i, f, g, o = _blocks(sums, 4)
-        sigmoid(sums[:, : 2 * self.H])  # i and f
-        tanh(g)
-        sigmoid(o)
+        sums[:, : 2 * self.H] = sigmoid(sums[:, : 2 * self.H])  # i and f
+        g[:] = np.tanh(g)
+        o[:] = sigmoid(o)
         c = f * c + i * g
         tanh_c = np.tanh(c)
         return (o * tanh_c, c), tanh_c
@@ -465,10 +463,8 @@ class GRU(Cell):
         r, z, n = _blocks(sums, 3)
         m = over_h[:, 2 * self.H :]
         rz = sums[:, : 2 * self.H]
-        rz += over_h[:, : 2 * self.H]
-        sigmoid(rz)
-        n += r * m
-        tanh(n)
+        rz[:] = sigmoid(rz + over_h[:, : 2 * self.H])
+        n[:] = np.tanh(n + r * m)
         return ((1 - z) * n + z * h,), m
 
     def backward(self, d_state, gates, before, kept, d):
@@ -505,10 +501,8 @@ class GRUResetBefore(Cell):
         r, z, n = _blocks(sums, 3)
         rz = sums[:, : 2 * self.H]
         of_rz, of_n = self._split(self.masks)
-        rz += _times(h, self.W_rz, of_rz)
-        sigmoid(rz)
-        n += _times(r * h, self.W_n, of_n)
-        tanh(n)
+        rz[:] = sigmoid(rz + _times(h, self.W_rz, of_rz))
+        n[:] = np.tanh(n + _times(r * h, self.W_n, of_n))
         return ((1 - z) * n + z * h,), None
 
     def backward(self, d_state, gates, before, kept, d):

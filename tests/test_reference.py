@@ -175,3 +175,16 @@ def test_it_stands_alone():
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert "fastrnn.kernels.reference" in modules
     assert not {"fastrnn.kernels.cells", "fastrnn.kernels.cpu", "numba"} & set(modules)
+
+
+@each_cell
+@each_direction
+@pytest.mark.parametrize("sizes", [(6, 5, 3, 1), (6, 5, 1, 4), (4, 1, 1, 1), (6, 3, 1, 1), (5, 40, 2, 1)], ids=str)
+def test_float32_is_float64_rounded(cell, P, reverse, sizes):
+    """Sizes of 1 are where the gates' columns are strided views, and NumPy takes other loops."""
+    for width in {P, min(P, 1)}:
+        one = problem(cell, *sizes, P=width, lengths=True, reset=True, reverse=reverse)
+        results, expected = run("reference", one), run("reference", one.astype("float64"))
+        for name, array in expected.items():
+            # Sums over all rows and steps; the states' rounding errors are passed on from step to step.
+            assert_close(results[name], array, name, terms=4 * sizes[0] * sizes[1], scale=1)

@@ -119,9 +119,9 @@ STEPS = [
 
 def walk(step, x, p, state, lengths, reset, reverse):
     """All rows one by one, all steps one by one."""
-    output = torch.zeros(T, B, state[0].shape[1], dtype=torch.float64)
+    output = torch.zeros(*x.shape[:2], state[0].shape[1], dtype=torch.float64)
     ends = []
-    for b in range(B):
+    for b in range(x.shape[1]):
         row = tuple(s[b : b + 1] for s in state)
         steps = range(lengths[b])
         for t in reversed(steps) if reverse else steps:
@@ -137,8 +137,10 @@ def walk(step, x, p, state, lengths, reset, reverse):
 @pytest.mark.parametrize(("cell", "P", "step"), STEPS)
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
-def test_steps_written_out(cell, P, step, reverse, bias):
-    one = problem(cell, T, B, I, H, P=P, bias=bias, lengths=True, reset=True, reverse=reverse, dtype="float64")
+@pytest.mark.parametrize("sizes", [(T, B, I, H), (T, B, 1, H), (T, B, I, 1), (T, 3, 1, 1)], ids=str)
+def test_steps_written_out(cell, P, step, reverse, bias, sizes):
+    P = min(P, sizes[3])
+    one = problem(cell, *sizes, P=P, bias=bias, lengths=True, reset=True, reverse=reverse, dtype="float64")
     assert one.reset.any()
     x, state, p = leaf(one.x), [leaf(s) for s in one.state], {name: leaf(w) for name, w in one.params.items()}
     output, last = walk(step, x, p, tuple(state), one.lengths, one.reset, reverse)
