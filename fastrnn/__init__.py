@@ -11,7 +11,7 @@
 Importing this module compiles nothing and imports NumPy only: the kernels are imported when they are first used.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from fastrnn import functional
 from fastrnn.layers import GRU, LSTM, RNN, load
@@ -60,18 +60,26 @@ def get_num_threads() -> int:
 
 
 def warmup(
-    cells: Iterable[str] | None = None, dtypes: Iterable[str] = ("float32",), training: bool = True
+    cells: Iterable[str] | None = None,
+    dtypes: Iterable[str] = ("float32",),
+    training: bool = True,
+    begin: Callable[[str], None] | None = None,
 ) -> dict[str, float]:
     """Compile ahead, or load from the cache, what a first call would have to wait for.
+
+    After it no call compiles, in this process or in those that find its cache, but for `recurrent_masks`.
 
     Parameters
     ----------
     cells : iterable of str, optional
-        Of "rnn_tanh", "rnn_relu", "rnn_sigmoid", "lstm", "gru", "gru_reset_before"; all of them by default.
+        Of "rnn_tanh", "rnn_relu", "rnn_sigmoid", "lstm", "lstm_projected" (with proj_size), "gru",
+        "gru_reset_before"; all of them by default.
     dtypes : iterable of str
         Of "float32" and "float64".
     training : bool
         Whether to compile the backward pass too.
+    begin : function of str to None, optional
+        Called with the name of each, "lstm float32", before it is compiled.
 
     Returns
     -------
@@ -89,9 +97,13 @@ def warmup(
     --------
     >>> seconds = warmup(["gru"], training=False)
     """
-    cells = None if cells is None else [functional.check_cell(cell) for cell in functional.check_names("cells", cells)]
+    if cells is not None:
+        cells = functional.check_names("cells", cells)
+        cells = [cell if cell == "lstm_projected" else functional.check_cell(cell) for cell in cells]
     dtypes = tuple(functional.check_dtype(dtype).name for dtype in functional.check_names("dtypes", dtypes))
     training = functional.check_flag("training", training)
+    if begin is not None and not callable(begin):
+        raise TypeError(f"begin is {begin!r}, expected a function or None")
     from fastrnn.kernels import cpu
 
-    return cpu.warmup(cells, dtypes=dtypes, training=training)
+    return cpu.warmup(cells, dtypes, training, begin or (lambda name: None))

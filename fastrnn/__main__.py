@@ -7,6 +7,10 @@ import math
 import sys
 from pathlib import Path
 
+from fastrnn.weights import CELLS
+
+WARM = (*CELLS, "lstm_projected")  # what can be compiled ahead
+
 
 def positive_integer(text: str) -> int:
     """An argument that must be a whole number above zero."""
@@ -58,13 +62,16 @@ def info(options: argparse.Namespace) -> int:
 
 
 def warmup(options: argparse.Namespace) -> int:
-    """Compile ahead and print how long it took."""
+    """Compile ahead and print how long it took: each line as it begins, and the total."""
     import fastrnn
-    from fastrnn.weights import CELLS
 
-    for cell in CELLS:  # one by one: each line comes when its kernels are there
-        for name, seconds in fastrnn.warmup([cell]).items():
-            print(f"{name:<24} {seconds:6.2f} s", flush=True)
+    total = 0.0
+    for cell in options.cell or WARM:
+        for dtype in options.dtype or ("float32",):
+            done = fastrnn.warmup([cell], [dtype], begin=lambda name: print(f"{name:<24}", end=" ", flush=True))
+            print(f"{sum(done.values()):6.2f} s", flush=True)
+            total += sum(done.values())
+    print(f"{'total':<24} {total:6.2f} s")
     return 0
 
 
@@ -110,9 +117,17 @@ def parser() -> argparse.ArgumentParser:
     )
     command.set_defaults(run=bench)
 
+    command = commands.add_parser("warmup", help="compile the kernels ahead")
+    command.add_argument(
+        "--cell", action="append", choices=WARM, metavar="NAME", help=f"one of {', '.join(WARM)}; again for more"
+    )
+    command.add_argument(
+        "--dtype", action="append", choices=("float32", "float64"), help="float32 by default; again for both"
+    )
+    command.set_defaults(run=warmup)
+
     for name, function, text in (
         ("info", info, "versions, processor, threads, cache and GPU"),
-        ("warmup", warmup, "compile every kernel ahead"),
         ("clear-cache", clear_cache, "remove the compiled kernels"),
     ):
         commands.add_parser(name, help=text).set_defaults(run=function)

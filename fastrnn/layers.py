@@ -211,7 +211,7 @@ class Recurrent:
             T, B, I = x.shape
             result = self._again(x.reshape(T * B, I), T, state)
             if result is not None:
-                return result[0].reshape(T, B, -1), result[1]
+                return result[0].reshape(T, B, self._spec.output_size), result[1]  # a batch of 0, too
         output, state, _ = self._run(x, state, lengths, reset, training=False)
         return output, state
 

@@ -176,7 +176,7 @@ def gru(gates, state):
 def gru_backward(dh, carried, saved, state):
     n, r, z, m = saved
     (h,) = state
-    dn = (dh - dh * z) * d_tanh(n)
+    dn = dh * (ONE - z) * d_tanh(n)
     dz = dh * (h - n) * d_sigmoid(z)
     dr = dn * m * d_sigmoid(r)
     return (dn, dr, dz, dn * r), (dh * z,)
@@ -207,7 +207,7 @@ def gru_update_backward(dh, carried, saved, state):
     _, z, _, n = saved
     (h,) = state
     dz = dh * (h - n) * d_sigmoid(z)
-    dn = (dh - dh * z) * d_tanh(n)
+    dn = dh * (ONE - z) * d_tanh(n)
     return (dz, dn), (dh * z,)
 
 

@@ -813,32 +813,38 @@ class _Recomputed:
 # ---- about itself
 
 
-def warmup(cells=None, dtypes=("float32",), training=True) -> dict[str, float]:
+def warmup(cells=None, dtypes=("float32",), training=True, begin=lambda name: None) -> dict[str, float]:
     """Compile ahead, or load from the cache, the kernels of `cells` (all of them where None).
 
-    Returns the seconds that each took, by "cell dtype".
+    Returns the seconds that each took, by "cell dtype"; begin("cell dtype") is called before.
     """
     seconds = {}
     for name in CELLS if cells is None else cells:
         for dtype in dtypes:
+            begin(f"{name} {np.dtype(dtype).name}")
             start = time.perf_counter()
-            cell = CELLS[name]
-            shapes = {
-                "weight_ih": (cell.gates, 1),
-                "weight_hh": (cell.gates, 1),
-                "bias_ih": (cell.gates,),
-                "bias_hh": (cell.gates,),
-            }
-            if name == LSTM_PROJECTED.name:
-                shapes["weight_hr"] = (1, 1)
-            params = {key: np.zeros(shape, dtype) for key, shape in shapes.items()}
-            state = tuple(np.zeros((1, 1), dtype) for _ in range(cell.states))
-            x, prepared = np.zeros((1, 1, 1), dtype), prepare(name, params)
-            _, _, tape = prepared.forward(x, state, training=training)
-            if training:
-                backward(tape, None, state)
+            _call_once(CELLS[name], np.dtype(dtype), training)
             seconds[f"{name} {np.dtype(dtype).name}"] = time.perf_counter() - start
     return seconds
+
+
+def _call_once(cell, dtype, training):
+    """Call every kernel of a cell that a layer may call."""
+    shapes = {
+        "weight_ih": (cell.gates, 1),
+        "weight_hh": (cell.gates, 1),
+        "bias_ih": (cell.gates,),
+        "bias_hh": (cell.gates,),
+    }
+    if cell is LSTM_PROJECTED:
+        shapes["weight_hr"] = (1, 1)
+    params = {key: np.zeros(shape, dtype) for key, shape in shapes.items()}
+    state = tuple(np.zeros((1, 1), dtype) for _ in range(cell.states))
+    x, prepared = np.zeros((1, 1, 1), dtype), prepare(cell.name, params)
+    lengths, reset = np.ones(1, np.int64), np.ones((1, 1), np.bool_)
+    _, _, tape = prepared.forward(x, state, lengths=lengths, reset=reset, training=training)
+    if training:
+        backward(tape, None, state)
 
 
 def describe() -> dict:

@@ -371,6 +371,26 @@ def test_infinite_input_saturates(backend, cell, dtype):
             assert_close(results[name], expected[name], name, scale=1)
 
 
+@each_cell
+@each_dtype
+@each_direction
+@each_ragged
+def test_infinite_gradients_are_the_references(cell, dtype, reverse, ragged):
+    """NaN only where the textbook's formula gives it: infinities meet no other one on the way that is ours alone.
+
+    Infinities that come in, and not sums that overflow: there the order of the terms decides.
+    """
+    for seed in range(5):
+        one = task(cell, 4, 4, 5, 11, dtype=dtype, reverse=reverse, lengths=ragged, reset=ragged, seed=seed)
+        random = np.random.default_rng(seed)
+        for array in (one.d_output, *one.d_state):
+            array[random.random(array.shape) < 0.02] = random.choice([-np.inf, np.inf])
+        results, expected = run("cpu", one), run("reference", one)
+        for name, array in expected.items():
+            special = np.where(np.isfinite(array), 0, array)
+            np.testing.assert_array_equal(np.where(np.isfinite(results[name]), 0, results[name]), special, name)
+
+
 @each_backend
 @each_dtype
 def test_relu_overflows_to_infinity(backend, dtype):

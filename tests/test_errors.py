@@ -503,6 +503,7 @@ def test_backend_names():
         (TypeError, "dtypes is 'float32', expected a list of names", {"dtypes": "float32"}),
         (TypeError, "dtype is 'float16', expected float32 or float64", {"dtypes": ["float16"]}),
         (TypeError, "training is 'no', expected True or False", {"training": "no"}),
+        (TypeError, "begin is 3, expected a function or None", {"begin": 3}),
     ],
 )
 def test_warmup(error, message, arguments):

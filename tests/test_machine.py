@@ -34,10 +34,22 @@ def test_gpu_is_named(monkeypatch):
 
 
 def test_warmup(monkeypatch, capsys):
-    monkeypatch.setattr(fastrnn, "warmup", lambda cells: {f"{cell} float32": 1.5 for cell in cells})
+    asked = []
+
+    def fake(cells, dtypes, begin):
+        (cell,), (dtype,) = cells, dtypes
+        begin(f"{cell} {dtype}")
+        assert capsys.readouterr().out.split()[-2:] == [cell, dtype]  # it is there while it is being compiled
+        asked.append((cell, dtype))
+        return {f"{cell} {dtype}": 1.5}
+
+    monkeypatch.setattr(fastrnn, "warmup", fake)
     assert main(["warmup"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split() for line in lines] == [[cell, "float32", "1.50", "s"] for cell in CELLS]
+    assert asked == [(cell, "float32") for cell in (*CELLS, "lstm_projected")]
+    assert capsys.readouterr().out.splitlines()[-1].split() == ["total", "10.50", "s"]
+    asked.clear()
+    assert main(["warmup", "--cell", "gru", "--dtype", "float64", "--dtype", "float32"]) == 0
+    assert asked == [("gru", "float64"), ("gru", "float32")]
 
 
 def test_cache_files_are_those_that_a_warmup_leaves():

@@ -9,7 +9,7 @@ import pytest
 from numba import njit
 
 from calm import others_hold_cores
-from fastrnn import LSTM, functional
+from fastrnn import GRU, LSTM, RNN, functional
 from fastrnn.kernels import barrier, cpu, threads
 from fastrnn.kernels.simd import borrowed
 from fastrnn.testing import problem
@@ -74,6 +74,28 @@ def test_bits(cell, lengths, reverse, shared, monkeypatch):
     if shared["shared"] + shared["taken over"] == 0 and others_hold_cores():
         pytest.skip("other processes hold the cores: no second thread has come in time")
     assert shared["shared"] + shared["taken over"] > 0, shared
+
+
+@pytest.mark.parametrize("sizes", [(0, 1), (4, 0), (0, 0), (1, 0), (0, 7), (1, 1)], ids=str)
+@pytest.mark.parametrize("kind", [RNN, LSTM, GRU])
+def test_nothing_to_share(kind, sizes, shared):
+    """No steps or no rows, at sizes where threads share units, rows, or nothing."""
+    for H in (5, 600):
+        layer, (T, B) = kind(9, H, seed=0), sizes
+        x = np.ones((T, B, 9), np.float32)
+        for count in (1, 2, 3):
+            threads.set_num_threads(count)
+            for _ in range(2):  # the second time by what the first has kept
+                output, state = layer(x)
+                assert output.shape == (T, B, H)
+                y, _ = layer.step(np.ones((B, 9), np.float32))
+                assert y.shape == (B, H)
+                for options in ({}, {"recompute": True}, {"lengths": [T] * B}):
+                    output, state, tape = layer.forward(x, **options)
+                    gradients = layer.backward(tape, output, state)
+                    assert gradients.x.shape == x.shape
+                    if 0 in sizes:
+                        assert not gradients.params["weight_ih_l0"].any()
 
 
 def test_bits_with_recompute(shared):
