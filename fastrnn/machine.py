@@ -44,7 +44,7 @@ def processor() -> dict[str, str]:
         "processor": f"{_processor_name()} ({binding.get_host_cpu_name()})",
         "features": " ".join(name for name in FEATURES if offered.get(name)),
         "vectors": f"{here['vector_bits']} bits, {here['registers']} registers, {fused} fused multiply-add, "
-        f"compiled for {here['cpu']}",
+        f"{here['machine_code']}",
     }
 
 
@@ -70,9 +70,9 @@ def threads() -> str:
 
 def cache_folder() -> Path:
     """Where Numba keeps the compiled kernels."""
-    from fastrnn.kernels import cpu
+    from fastrnn.kernels import compiled
 
-    return Path(cpu.describe()["cache"])
+    return Path(compiled.cache_folder())
 
 
 def cache_files() -> list[Path]:

@@ -26,12 +26,17 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-from numba.extending import register_jitable
-
 # ---- activations and their derivatives. Each target may bring its own sigmoid, tanh and relu, and its own ONE: where
 # a number's type is strict, as on a GPU, a plain 1 would make all that it meets a double.
 
 ONE = 1
+FORMULAS: list[Callable] = []  # what a compiler is to know, by whoever brings one
+
+
+def formula(function):
+    """One of `FORMULAS`."""
+    FORMULAS.append(function)
+    return function
 
 
 def sigmoid(x):
@@ -50,13 +55,13 @@ def relu(x):
     return 0.0 if x < 0 else x
 
 
-@register_jitable
+@formula
 def d_sigmoid(y):
     """Derivative of the sigmoid, from its value y."""
     return y - y * y
 
 
-@register_jitable
+@formula
 def d_tanh(y):
     """Derivative of tanh, from its value y."""
     return ONE - y * y
@@ -70,38 +75,38 @@ def d_relu(y, dy):
 # ---- simple recurrent net (Elman 1990): h' = activation(a)
 
 
-@register_jitable
+@formula
 def rnn_tanh(gates, state):
     """h' = tanh(a)."""
     h = tanh(gates[0])
     return (h,), (h,)
 
 
-@register_jitable
+@formula
 def rnn_tanh_backward(dh, carried, saved, state):
     return (dh * d_tanh(saved[0]),), ()
 
 
-@register_jitable
+@formula
 def rnn_relu(gates, state):
     """h' = max(a, 0)."""
     h = relu(gates[0])
     return (h,), (h,)
 
 
-@register_jitable
+@formula
 def rnn_relu_backward(dh, carried, saved, state):
     return (d_relu(saved[0], dh),), ()
 
 
-@register_jitable
+@formula
 def rnn_sigmoid(gates, state):
     """h' = 1 / (1 + exp(-a))."""
     h = sigmoid(gates[0])
     return (h,), (h,)
 
 
-@register_jitable
+@formula
 def rnn_sigmoid_backward(dh, carried, saved, state):
     return (dh * d_sigmoid(saved[0]),), ()
 
@@ -109,7 +114,7 @@ def rnn_sigmoid_backward(dh, carried, saved, state):
 # ---- long short-term memory (Hochreiter and Schmidhuber 1997; forget gate: Gers, Schmidhuber and Cummins 2000)
 
 
-@register_jitable
+@formula
 def lstm(gates, state):
     """c' = sigmoid(f) c + sigmoid(i) tanh(g);  h' = sigmoid(o) tanh(c')."""
     i, f, g, o = gates
@@ -119,7 +124,7 @@ def lstm(gates, state):
     return (o * tanh(c), c), (i, f, g, o, c)
 
 
-@register_jitable
+@formula
 def lstm_backward(dh, carried, saved, state):
     i, f, g, o, c = saved
     (c_previous,) = state
@@ -136,25 +141,25 @@ def lstm_backward(dh, carried, saved, state):
 # With a projection (Sak, Senior and Beaufays 2014) what LSTM calls h is the input of a second product: h' = W_hr h.
 
 
-@register_jitable
+@formula
 def lstm_before_projection(gates, state):
     results, saved = lstm(gates, state)
     return results, saved + (results[0],)  # noqa: RUF005 - Numba joins tuples by + alone
 
 
-@register_jitable
+@formula
 def lstm_before_projection_backward(dh, carried, saved, state):
     i, f, g, o, c, _ = saved
     return lstm_backward(dh, carried, (i, f, g, o, c), state)
 
 
-@register_jitable
+@formula
 def projection(gates, state):
     """h' = a."""
     return (gates[0],), ()
 
 
-@register_jitable
+@formula
 def projection_backward(dh, carried, saved, state):
     return (dh,), ()
 
@@ -162,7 +167,7 @@ def projection_backward(dh, carried, saved, state):
 # ---- gated recurrent unit, reset after the product: arXiv 1406.1078v1, and what cuDNN and PyTorch compute
 
 
-@register_jitable
+@formula
 def gru(gates, state):
     """n' = tanh(n + sigmoid(r) m);  h' = (1 - z) n' + z h, with z = sigmoid(z)."""
     n, r, z, m = gates
@@ -172,7 +177,7 @@ def gru(gates, state):
     return (n + z * (h - n),), (n, r, z, m)
 
 
-@register_jitable
+@formula
 def gru_backward(dh, carried, saved, state):
     n, r, z, m = saved
     (h,) = state
@@ -185,7 +190,7 @@ def gru_backward(dh, carried, saved, state):
 # ---- gated recurrent unit, reset before the product: arXiv 1406.1078v3, ONNX's default, Keras' reset_after=False
 
 
-@register_jitable
+@formula
 def gru_reset(gates, state):
     """First stage: r = sigmoid(r), z = sigmoid(z); r h goes into the candidate's product."""
     r, z = gates
@@ -194,7 +199,7 @@ def gru_reset(gates, state):
     return (r * h, z), (r, z, r * h)
 
 
-@register_jitable
+@formula
 def gru_update(gates, state):
     """Second stage: n = tanh(n);  h' = (1 - z) n + z h."""
     n = tanh(gates[0])
@@ -202,7 +207,7 @@ def gru_update(gates, state):
     return (n + z * (h - n),), (n,)
 
 
-@register_jitable
+@formula
 def gru_update_backward(dh, carried, saved, state):
     _, z, _, n = saved
     (h,) = state
@@ -211,7 +216,7 @@ def gru_update_backward(dh, carried, saved, state):
     return (dz, dn), (dh * z,)
 
 
-@register_jitable
+@formula
 def gru_reset_backward(drh, carried, saved, state):
     r, _, _, _ = saved
     (h,) = state

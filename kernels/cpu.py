@@ -7,47 +7,28 @@ is ever shared, so results do not depend on the number of threads.
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import itertools
 import time
 from typing import NamedTuple
 
 import numpy as np
-from llvmlite import binding
-from numba.core import config
 from numpy import empty, ndarray
 
-from fastrnn.kernels import barrier, guard, threads
+from fastrnn.kernels import barrier, native, records, shipped, threads
 from fastrnn.kernels.cells import CELLS, LSTM_PROJECTED
-from fastrnn.kernels.packing import address, checksum_of, pack_columns, pack_stage
-from fastrnn.kernels.product import (
+from fastrnn.kernels.records import DONE, RUN, Back, Crew, Scratch, Sequences, Sizes, Weights, address
+from fastrnn.kernels.tiles import (
     IN_FLIGHT,
     OUTER_BLOCK,
-    VECTORS,
-    outer_work,
-    rows_in_tile,
-)
-from fastrnn.kernels.simd import VECTOR_BITS, machine
-from fastrnn.kernels.stage import SOURCE, UNITS, Masked, call, entry
-from fastrnn.kernels.walk import (
-    ADDRESSES,
-    DONE,
-    JOB,
-    OF_A_CALL,
     ROWS,
     TILE_ROWS,
-    Back,
-    Crew,
-    Scratch,
-    Sequences,
-    Sizes,
-    Way,
-    Weights,
-    backward_rows,
-    bias_gradient,
-    forward_rows,
-    weight_gradient,
+    UNITS,
+    VECTOR_BITS,
+    VECTORS,
+    machine,
+    outer_work,
+    rows_in_tile,
 )
 
 SLICE_SECONDS = 0.08  # between looks at Ctrl-C, as estimated from what a slow CPU with such vectors does:
@@ -132,7 +113,7 @@ def _aligned(count, dtype, zero=False):
     """A one-dimensional array that starts on a cache line."""
     size = dtype.itemsize
     memory = (np.zeros if zero else np.empty)(count + CACHE_LINE // size, dtype)
-    start = -ctypes.addressof(ctypes.c_char.from_buffer(memory)) % CACHE_LINE // size
+    start = -address(memory) % CACHE_LINE // size
     return memory[start : start + count]
 
 
@@ -151,16 +132,19 @@ def _constant(*numbers):
 
 
 def _pack_columns(weight, blocks, block_rows):
-    line = _line(weight.dtype)
+    line, weight = _line(weight.dtype), np.ascontiguousarray(weight)
     packed = _aligned(-(-weight.shape[1] // line) * len(blocks) * block_rows * line, weight.dtype)
-    call(
-        pack_columns, weight.dtype, SOURCE, weight.reshape(-1), weight.shape[1], _constant(*blocks), block_rows, packed
-    )
+    native.call(
+        "pack_columns", weight.dtype, address(weight), weight.shape[1], address(_constant(*blocks)), len(blocks),
+        block_rows, address(packed),
+    )  # fmt: skip
     return packed
 
 
 def _pack_stage(stage, params, hidden, h_size) -> Weights:
     """One stage's weights and biases for the forward walk."""
+    # Parameters may come in any order.
+    params = {name: np.ascontiguousarray(array) for name, array in params.items()}
     x, h = params["weight_ih"], params["weight_hh" if stage.x_blocks else "weight_hr"]
     dtype, inputs = x.dtype, x.shape[1]
     gated = bool(stage.x_blocks)  # if not, it is the projection
@@ -171,11 +155,11 @@ def _pack_stage(stage, params, hidden, h_size) -> Weights:
     bias_at = h_at + panels * h.shape[1] * len(stage.h_blocks) * line
     packed = _aligned(bias_at + panels * stage.gates * line, dtype)
     bias = gated and "bias_ih" in params
-    call(
-        pack_stage, dtype, SOURCE, x.reshape(-1), inputs, _constant(*stage.x_blocks), h.reshape(-1), h.shape[1],
-        _constant(*stage.h_blocks), params["bias_ih"].reshape(-1) if bias else _none(dtype),
-        params["bias_hh"].reshape(-1) if bias else _none(dtype), stage.gates, results, UNITS[stage.name],
-        packed[:h_at], packed[h_at:bias_at], packed[bias_at:],
+    native.call(
+        "pack_stage", dtype, address(x), inputs, address(_constant(*stage.x_blocks)), len(stage.x_blocks), address(h),
+        h.shape[1], address(_constant(*stage.h_blocks)), len(stage.h_blocks), address(params["bias_ih"]) if bias else 0,
+        address(params["bias_hh"]) if bias else 0, stage.gates, results, UNITS[stage.name], address(packed[:h_at]),
+        address(packed[h_at:bias_at]), address(packed[bias_at:]), len(packed) - bias_at,
     )  # fmt: skip
     return Weights(packed, h_at, bias_at)
 
@@ -191,12 +175,26 @@ class Packed(NamedTuple):
 # ---- forward
 
 
-def _address(array) -> int:
-    """Where a contiguous array's numbers are; 0 if it has none."""
-    return guard.note(array, call(address, array.dtype, SOURCE, array.ravel())) if array.size else 0
+class _Jobs:
+    """A record for each thread, and what all of them share."""
 
+    def __init__(self, dtype, run, size, crews, **fields):
+        self.records = np.zeros(len(crews), dtype)
+        self.words = records.words_of(self.records)
+        self.bytes = memoryview(self.words).cast("B")  # where `run`, what changes from run to run, is written
+        self.run = run
+        first = address(self.words)
+        self.addresses = [first + i * dtype.itemsize for i in range(len(crews))]
+        self.memory = [crew.sync for crew in crews]  # what their addresses need alive, and more that is put there
+        for name, value in (size._asdict() | fields).items():
+            self.records[name] = value
+        for record, crew in zip(self.records, crews, strict=True):
+            record["row0"], record["row1"], record["part"], record["sync"] = *crew[:3], address(crew.sync)
 
-guard.addresses[JOB] = ADDRESSES
+    def write(self, p, *run) -> int:
+        """Say what the run of part p is about; returns the record's address."""
+        self.run.pack_into(self.bytes, p * self.records.itemsize, *run)
+        return self.addresses[p]
 
 
 class Plan:
@@ -206,49 +204,47 @@ class Plan:
     it: `memory`, `arrays`, `packed`; but for what is a call's, whose addresses stand there from `begin` to `end`.
     """
 
-    def __init__(self, prepared, key, kernel, stages, size, crews, scratch, length):
+    _OF_A_CALL = records.place_of(records.FORWARD, "tape", "masks")
+    _ASKED = records.place_of(records.FORWARD, "output_row", "reverse")
+
+    def __init__(self, prepared, key, kernel, size, crews, scratch, length):
         self.key = key
-        self.kernel = kernel  # the key of the compiled one
+        self.kernel = kernel
         self.size = size
         self.crews = crews
         self.length = length  # steps of a call
         self.threads = key[-1]
-        self.entry = None  # the compiled kernel, where the last call was a plain one,
-        self.entry_steps = -1  # and its steps
-        self.asked: tuple | None = None  # what the last call was asked for, in the order of ASKED
-        self.of_a_call: list[str] = []  # the fields that hold addresses of its arrays
+        self.entry_steps = -1  # of the last call, where it was a plain one
+        self.asked = (-1,) * 5  # what the last call was asked for: nothing yet
         self.output_shape = (size.steps * size.batch, size.h)
         self.states = tuple([(1, size.batch, n) for n in (size.h, size.hidden)][: prepared.cell.states])
         self.zeros = tuple([np.zeros(shape, prepared.dtype) for shape in self.states])
         self.packed: Packed | None = None
         values = _aligned(prepared.cell.values * size.slots * size.batch * size.ld, prepared.dtype, zero=True)
-        self.memory = [values, scratch, [crew.sync for crew in crews]]
-        self.jobs = jobs = np.zeros(len(crews), JOB)
-        for name, value in size._asdict().items():
-            jobs[name] = value
-        jobs["values"] = _address(values)
-        jobs["tape_row"] = prepared.cell.tape * size.hidden
-        self.look_at(prepared.arrays)
-        jobs["counts"] = [array.size for array in prepared.arrays]
-        for job, crew, own in zip(jobs, crews, scratch, strict=True):
-            job["row0"], job["row1"], job["part"], _, sync = crew
-            job["sync"] = _address(sync)
+        self.jobs = _Jobs(records.FORWARD, RUN, size, crews, values=address(values))
+        self.memory = [values, scratch]
+        for job, own in zip(self.jobs.records, scratch, strict=True):
             job["ahead"] = own.ahead
-            job["sums"] = _address(own.first), _address(own.second)
-            job["masked"] = _address(own.masked)
-            job["places"] = _address(own.places)
-            job["begins"] = own.buffer, own.output, own.tape
-        self.stages = stages
-        self.arguments = (*stages, jobs, 0, 1)
+            job["sums"] = address(own.first), address(own.second)
+            job["masked"] = address(own.masked)
+            job["places"] = address(own.places)
+            job["buffer_places"], job["output_places"], job["tape_places"] = own.buffer, own.output, own.tape
+        self.jobs.records["counts"] = [array.size for array in prepared.arrays]
+        self.look_at(prepared.arrays)
+
+    def look_at(self, arrays):
+        """These are the parameters, whose checksum is taken."""
+        self.arrays = arrays
+        self.jobs.records["params"] = [address(array) for array in arrays]
 
     def take(self, packed):
         """Use these weights. A single thread checks on its way whether they are still those of the parameters."""
         self.packed = packed
-        both = packed.first, packed.second
-        self.jobs["packed"] = [_address(weights.packed) for weights in both]
-        self.jobs["packed_h"] = [weights.h for weights in both]
-        self.jobs["packed_bias"] = [weights.bias for weights in both]
-        self.jobs["checksum"] = packed.checksum if len(self.crews) == 1 else 0
+        both, jobs = (packed.first, packed.second), self.jobs.records
+        jobs["packed"] = [address(weights.packed) for weights in both]
+        jobs["packed_h"] = [weights.h for weights in both]
+        jobs["packed_bias"] = [weights.bias for weights in both]
+        jobs["checksum"] = packed.checksum if len(self.crews) == 1 else 0
 
     def state(self, s, rows) -> tuple:
         """A copy of the states before step s, in the caller's order."""
@@ -256,37 +252,25 @@ class Plan:
         slots = self.memory[0].reshape(-1, size.slots, size.batch, size.ld)[:, s % size.slots]
         return tuple([rows.restore(slots[v, :, : shape[2]])[None] for v, shape in enumerate(self.states)])
 
-    def look_at(self, arrays):
-        """These are the parameters, whose checksum is taken."""
-        self.arrays = arrays
-        self.jobs["params"] = [_address(array) for array in arrays]
-
     def begin(self, walk):
         """What the call is asked for, and where its arrays are."""
-        asked = walk.output_row, walk.column, walk.tape_start, walk.reverse
+        asked = walk.output_row, walk.column, walk.tape_row, walk.tape_start, walk.reverse
         if asked != self.asked:
             self.asked, self.entry_steps = asked, -1
-            for name, value in zip(ASKED, asked, strict=True):
-                self.jobs[name] = value
-        for name in OF_A_CALL:
-            array = getattr(walk, name)
-            if array.size:
-                self.of_a_call.append(name)
-                self.jobs[name] = _address(array)
+            self.jobs.words[:, self._ASKED] = asked
+        if walk.tape.size or walk.order.size or walk.active.size or walk.reset.size or walk.masks.size:
+            arrays = walk.tape, walk.order, walk.active, walk.reset, walk.masks
+            self.jobs.words[:, self._OF_A_CALL] = [address(array) for array in arrays]
 
     def end(self):
         """Forget the call's arrays."""
-        for name in self.of_a_call:
-            self.jobs[name] = 0
-        self.of_a_call.clear()
+        self.jobs.words[:, self._OF_A_CALL] = 0
 
     def is_plain(self, steps) -> bool:
         """Whether the last call, of so many steps, was one that :meth:`Prepared.again` can make once more."""
-        asked = self.asked == (self.size.h, 0, 0, False)
+        row, column, _, start, reverse = self.asked
+        asked = row == self.size.h and not (column or start or reverse)
         return asked and len(self.crews) == 1 and self.key[2] == 0 and 0 < steps <= self.length
-
-
-ASKED = ("output_row", "column", "tape_start", "reverse")
 
 
 class Prepared:
@@ -321,16 +305,18 @@ class Prepared:
         self.params = params
         self.arrays = [params[name].reshape(-1) if name in params else _none(self.dtype) for name in names]
 
-    def kernel(self, masks) -> tuple[tuple, tuple]:
-        """The key of the compiled kernel and its stages, for calls with so many masks."""
-        stages = self.stages
-        if masks:
-            stages = tuple([Masked(stage, masks > 1) if stage and stage.x_blocks else stage for stage in stages])
-        return (self.cell.name, self.dtype, min(masks, 2)), stages
+    def kernel(self, name, masks) -> native.Kernel:
+        """The forward or backward kernel, for calls with so many masks."""
+        return native.find(name, self.dtype, self.cell.name, min(masks, 2))
+
+    def checksum(self) -> int:
+        """Of the parameters as they are now."""
+        arrays = self.arrays
+        return native.call("checksum", self.dtype, *map(address, arrays), *[array.size for array in arrays])
 
     def packed(self) -> Packed:
         """The weights as they are now."""
-        checksum = call(checksum_of, self.dtype, SOURCE, *self.arrays) if self.keep else 0
+        checksum = self.checksum() if self.keep else 0
         packed = self._packed
         if packed is None or packed.checksum != checksum or not self.keep:
             first = _pack_stage(self.stages[0], self.params, self.hidden, self.h)
@@ -364,7 +350,7 @@ class Prepared:
                 states.append(plan.state(s0, rows))
             self.walk(plan, walk, initial, final, s0, s1, begins=s0 == 0)
         if plan.is_plain(size.steps):
-            plan.entry, plan.entry_steps = entry(forward_rows, plan.kernel), size.steps
+            plan.entry_steps = size.steps
         packed = plan.packed or self.packed()
         tape = Tape(self, size, rows, walk, states, recompute, packed.checksum) if training else None
         self.give_back(plan, rows)
@@ -395,9 +381,12 @@ class Prepared:
                 if type(s) is ndarray and s.dtype is dtype and s.ndim == 3
             ]
             if len(final) == len(state) == len(shapes):
-                output, final = empty(plan.output_shape, dtype), tuple(final)
-                if plan.entry(*plan.arguments, x, output, state, final, True, 0, steps) == DONE:
-                    result = output, final
+                output, jobs, kernel = empty(plan.output_shape, dtype), plan.jobs, plan.kernel
+                record = jobs.write(
+                    0, 1, id(x), id(output), id(state[0]), id(state[-1]), id(final[0]), id(final[-1]), 1, 0, steps
+                )
+                if kernel.function(*kernel.prefix, record) == DONE:
+                    result = output, tuple(final)
         plans.append(plan)
         return result
 
@@ -410,18 +399,17 @@ class Prepared:
             plan.end()
 
     def _walk(self, plan, walk, initial, final, s0, s1, begins):
-        x, output = walk.x.reshape(-1, plan.size.inputs), walk.output.reshape(-1, walk.output_row)
-        one = len(plan.crews) == 1
+        x, output = walk.x.reshape(-1, plan.size.inputs), walk.output
+        arrays = x, output, initial[0], initial[-1], final[0], final[-1]
+        one, jobs, (function, prefix) = len(plan.crews) == 1, plan.jobs, plan.kernel
         if plan.packed is None or not one:
             packed = self.packed()
             if packed is not plan.packed:
                 plan.take(packed)
 
         def part(crew, p):
-            return call(
-                forward_rows, plan.kernel, *plan.stages, plan.jobs, p, crew.parts, x, output, initial, final,
-                begins and start == s0, start, end,
-            )  # fmt: skip
+            record = jobs.write(p, crew.parts, *map(id, arrays), begins and start == s0, start, end)
+            return function(*prefix, record)
 
         for start in range(s0, s1, plan.length):
             end = min(start + plan.length, s1)
@@ -449,7 +437,7 @@ class Prepared:
         size, crews = self.crews(size, rows, flops, can_share=not reset)
         length = min(_slice(self.cell, size, flops), _length(size, crews))
         scratch = [_scratch(*self.stages, size, crew.row1 - crew.row0, masks, self.dtype) for crew in crews]
-        return Plan(self, key, *self.kernel(masks), size, crews, scratch, length)
+        return Plan(self, key, self.kernel("forward", masks), size, crews, scratch, length)
 
     def masks(self, given, rows) -> np.ndarray:
         """The masks [masks, B, ld] in the order of the rows; empty where there are none."""
@@ -504,7 +492,7 @@ class Prepared:
         return size._replace(slots=2), [Crew(*share, 0, 1, _constant()) for share in rows.shares(parts, batch)]
 
     def packed_back(self, checksum):
-        """(weights of x, its rows, products of the first and second stage with h) for the way back."""
+        """The products of the way back, with x, and with h of the first and the second stage."""
         if self._packed_back is not None and self.keep and self._packed_back[0] == checksum:
             return self._packed_back[1]
         first, second = self.stages
@@ -522,7 +510,7 @@ class Prepared:
         elif second is not None:
             back2 = Back(_pack_columns(params["weight_hr"], second.h_blocks, self.h), self.cell.slots * hidden, self.h)
         wx = _pack_columns(params["weight_ih"], x_blocks, hidden)
-        packed = (wx, len(x_blocks) * hidden, back, back2)
+        packed = Back(wx, 0, len(x_blocks) * hidden), back, back2
         self._packed_back = (checksum, packed)
         return packed
 
@@ -645,7 +633,7 @@ class BackPlan:
     def __init__(self, prepared, key, size, rows, reverse, reset, masks):
         cell, dtype = prepared.cell, prepared.dtype
         self.key = key
-        self.kernel, self.stages = prepared.kernel(masks)
+        self.kernel = prepared.kernel("backward", masks)
         flops = 2 * _flops(cell, size, rows.steps)
         self.chunks = prepared.chunks(size, rows, reverse)
         most_rows = int(max((bases[-1] for _, _, bases in self.chunks), default=0))
@@ -657,22 +645,51 @@ class BackPlan:
 
         dh, carried = (_aligned(self.size.slots * size.batch * size.ld, dtype, zero=True) for _ in range(2))
         middle = _aligned(0 if one_stage else size.batch * size.ld, dtype)
-        previous = _aligned(cell.states * most_rows * size.ld, dtype, zero=True)
+        self.previous = _aligned(cell.states * most_rows * size.ld, dtype, zero=True)
         operands = len(prepared.x_blocks) if masks > 1 else masks * len([s for s in cell.stages if s.x_blocks])
-        masked = _aligned(operands * most_rows * size.ld, dtype)
-        d = _aligned(most_rows * prepared.d_row + size.ld, dtype)  # products read a vector behind the end
-        numbers = np.empty(most_rows, np.int64)
-        self.way = Way(
-            dh, middle, carried, (), 0, (), (), previous, masked, d, prepared.d_row, numbers, most_rows, numbers
+        self.masked = _aligned(operands * most_rows * size.ld, dtype)
+        self.d = _aligned(most_rows * prepared.d_row + size.ld, dtype)  # products read a vector behind the end
+        self.d_row, self.chunk_rows, self.numbers = prepared.d_row, most_rows, np.empty(most_rows, np.int64)
+        self.jobs = _Jobs(
+            records.BACKWARD, records.BACK_RUN, self.size, self.crews, dh=address(dh), middle=address(middle),
+            carried=address(carried), previous=address(self.previous), masked=address(self.masked),
+            d=address(self.d), d_row=self.d_row, numbers=address(self.numbers), chunk_rows=most_rows,
         )  # fmt: skip
         sums = 2 if masks else 1
-        self.scratch = [
+        scratch = [
             (_aligned(sums * ROWS * _line(dtype), dtype), np.empty(max(crew.row1 - crew.row0, 2 * ROWS), np.int64))
             for crew in self.crews
         ]
+        for job, (own_sums, places) in zip(self.jobs.records, scratch, strict=True):
+            job["sums"], job["places"] = address(own_sums), address(places)
+        self.memory = [dh, carried, middle, scratch]
         width = VECTOR_BITS // (8 * dtype.itemsize)
         self.outer_work = [_aligned(outer_work(VECTORS, width), dtype) for _ in range(self.parts)]
         self.places = np.arange(most_rows, dtype=np.int64) * size.ld  # in `previous`
+
+    _OF_A_CALL = records.place_of(records.BACKWARD, "x", "d_initial")
+    _ASKED = records.place_of(records.BACKWARD, "output_row", "start")
+
+    def begin(self, walk, start, initial, packed, ends):
+        """What the way back through a chunk is about, and where the call's arrays are."""
+        words, (weights_x, back, back2) = self.jobs.words, packed
+        words[:, self._ASKED] = (
+            walk.output_row, walk.column, walk.tape_row, walk.tape_start, walk.reverse, start
+        )  # fmt: skip
+        none = (None,) * (2 - len(initial))  # of c, where a cell has none
+        arrays = (
+            walk.x, walk.output, walk.tape, walk.order, walk.active, walk.reset, walk.masks, ends.d_output, ends.dx,
+            weights_x.weights, back.weights, back2.weights, *initial, *none, *ends.d_final, *none, *ends.d_initial,
+            *none,
+        )  # fmt: skip
+        words[:, self._OF_A_CALL] = [0 if array is None else address(array) for array in arrays]
+        jobs = self.jobs.records
+        jobs["rows_x"] = weights_x.count
+        jobs["columns"], jobs["counts"] = (back.column, back2.column), (back.count, back2.count)
+
+    def end(self):
+        """Forget the call's arrays."""
+        self.jobs.words[:, self._OF_A_CALL] = 0
 
 
 class _Gradients:
@@ -688,10 +705,10 @@ class _Gradients:
         }
         self.bias = np.zeros(cell.slots * hidden, dtype)
 
-    def products(self, way, walk, rows):
+    def products(self, walk, rows):
         """(first column of d, operand, places of its rows, its columns, gradient) of each weight."""
-        stages, size = self.prepared.cell.stages, self.plan.size
-        numbers = way.numbers[:rows]
+        stages, plan, size = self.prepared.cell.stages, self.plan, self.plan.size
+        numbers = plan.numbers[:rows]
         yield 0, walk.x, numbers * size.inputs, size.inputs, self.weight_ih
         done = masked = 0
         for stage, column in zip(stages, self.h_columns, strict=False):
@@ -702,30 +719,31 @@ class _Gradients:
                 into = self.others["weight_hr"]
             if stage.x_blocks and len(walk.masks):
                 for part in np.split(into, len(stage.h_blocks) if len(walk.masks) > 1 else 1):
-                    yield column, way.masked, self.plan.places + masked, size.h, part
+                    yield column, plan.masked, plan.places + masked, size.h, part
                     column += len(part)
-                    masked += way.chunk_rows * size.ld
+                    masked += plan.chunk_rows * size.ld
             elif stage.operand == 0:
-                yield column, way.previous, self.plan.places, size.h, into
+                yield column, plan.previous, plan.places, size.h, into
             else:  # what the first stage handed over stands in its tape
                 place = stages[0].saves[-1]
                 places = (numbers - walk.tape_start * size.batch) * walk.tape_row + place * size.hidden
                 yield column, walk.tape, places, size.hidden, into
 
-    def add(self, way, walk, rows):
-        """Add the sums over the first rows of way.d."""
-        products = [(d0, b, at, n, c.shape[0], c.reshape(-1)) for d0, b, at, n, c in self.products(way, walk, rows)]
-        dtype, work, tile_places = self.prepared.dtype, self.plan.outer_work, _tile_places()
+    def add(self, walk, rows):
+        """Add the sums over the first `rows` rows of the chunk's gate gradients."""
+        plan, dtype, tile_places = self.plan, self.prepared.dtype, address(_tile_places())
+        d, products = address(plan.d), list(self.products(walk, rows))
 
         def part(p, parts):
-            for d0, b, places, n_count, m_count, c in products:
-                call(
-                    weight_gradient, dtype, SOURCE, way.d, d0, way.d_row, m_count, b, places, rows, n_count, c,
-                    tile_places, work[p], p, parts,
+            work = address(plan.outer_work[p])
+            for d0, b, places, n_count, c in products:
+                native.call(
+                    "weight_gradient", dtype, d, d0, plan.d_row, len(c), address(b), address(places), rows, n_count,
+                    address(c), tile_places, work, p, parts,
                 )  # fmt: skip
-            call(bias_gradient, dtype, SOURCE, way.d, way.d_row, rows, len(self.bias), self.bias, p, parts)
+            native.call("bias_gradient", dtype, d, plan.d_row, rows, len(self.bias), address(self.bias), p, parts)
 
-        threads.run(part, len(work))
+        threads.run(part, len(plan.outer_work))
 
     def named(self):
         """Gradients under the parameters' names, gate blocks in their order."""
@@ -747,47 +765,51 @@ def _tile_places():
     return np.arange(TILE_ROWS, dtype=np.int64)
 
 
+class Ends(NamedTuple):
+    """The gradients that a way back begins with, and those that it ends with: of x, and of the initial states."""
+
+    d_output: np.ndarray | None
+    d_final: tuple
+    dx: np.ndarray
+    d_initial: tuple
+
+
 def backward(tape, d_output, d_state):
     """Gradients of one layer in one direction; as :func:`fastrnn.functional.backward`, unchecked."""
     prepared, rows, walk, initial = tape.prepared, tape.rows, tape.walk, tape.states[0]
     dtype = prepared.dtype
-    wx, x_rows, back, back2 = prepared.packed_back(tape.checksum)
+    packed = prepared.packed_back(tape.checksum)
     plan = prepared.back_plan(tape)
-    size = plan.size
+    size, jobs, (function, prefix) = plan.size, plan.jobs, plan.kernel
 
-    # Kernels are handed flat arrays, whatever there is of them: one form, for which they are compiled once.
-    dx = np.empty((size.steps, size.batch, size.inputs), dtype)
-    flat_dx, d_output = dx.reshape(-1), _none(dtype) if d_output is None else d_output.reshape(-1)
     given = d_state or (None,) * len(initial)
     d_initial = tuple([np.zeros_like(s[0]) if d is None else d.copy() for s, d in zip(initial, given, strict=True)])
-    way = plan.way._replace(
-        initial=initial,
-        d_final=tuple([_none(dtype) if d is None else d.reshape(-1) for d in given]),
-        d_initial=tuple([d.reshape(-1) for d in d_initial]),
-    )
-    gradients = _Gradients(prepared, plan, (back.column, back2.column))
+    ends = Ends(d_output, tuple(given), np.empty((size.steps, size.batch, size.inputs), dtype), d_initial)
+    gradients = _Gradients(prepared, plan, [back.column for back in packed[1:]])
 
     def part(crew, p):
-        call(
-            backward_rows, plan.kernel, *plan.stages, size, walk, here, wx, x_rows, back, back2, d_output, flat_dx,
-            *plan.scratch[p], crew, s1 == size.steps, s0, s1,
-        )  # fmt: skip
+        record = jobs.write(p, crew.parts, s1 == size.steps, s0, s1, address(bases[s0 - c0 :]))
+        return function(*prefix, record)
 
     recomputed = _Recomputed(tape, plan.chunks) if tape.recompute else None
+    start = 0
     for number in reversed(range(len(plan.chunks))):
         c0, c1, bases = plan.chunks[number]
         if recomputed:
-            walk, way = recomputed.chunk(number, way)
-        for s1 in range(c1, c0, -plan.length):
-            s0 = max(c0, s1 - plan.length)
-            here = way._replace(bases=bases[s0 - c0 :])
-            _run(part, plan.crews)
-        gradients.add(way, walk, int(bases[-1]))
+            walk, initial, start = recomputed.chunk(number)
+        plan.begin(walk, start, initial, packed, ends)
+        try:
+            for s1 in range(c1, c0, -plan.length):
+                s0 = max(c0, s1 - plan.length)
+                _run(part, plan.crews)
+        finally:
+            plan.end()
+        gradients.add(walk, int(bases[-1]))
     if recomputed:
         prepared.give_back(recomputed.plan, rows)
     if prepared.keep and plan.small and rows.lengths is None:
         prepared.back_plans.append(plan)
-    return dx, gradients.named(), d_initial
+    return ends.dx, gradients.named(), d_initial
 
 
 class _Recomputed:
@@ -801,13 +823,13 @@ class _Recomputed:
         self.memory = np.empty(steps * tape.size.batch * walk.tape_row, prepared.dtype)
         self.final = tuple([np.empty_like(s) for s in tape.states[0]])
 
-    def chunk(self, number, way):
-        """The sequences, with the tape of a chunk, and the buffers for the way back through it."""
+    def chunk(self, number):
+        """The sequences, with the tape of a chunk, the states before it, and its first step."""
         s0, s1, _ = self.chunks[number]
         walk, states = self.tape.walk, self.tape.states[number]
         walk = walk._replace(tape=self.memory, tape_start=self.tape.size.steps - s1 if walk.reverse else s0)
         self.tape.prepared.walk(self.plan, walk, states, self.final, s0, s1, begins=True)
-        return walk, way._replace(initial=states, start=s0)
+        return walk, states, s0
 
 
 # ---- about itself
@@ -850,9 +872,8 @@ def _call_once(cell, dtype, training):
 def describe() -> dict:
     """What the kernels are compiled for and where they are kept."""
     return {
-        "cpu": config.CPU_NAME or binding.get_host_cpu_name(),
         **machine(),
         "lanes": {"float32": VECTOR_BITS // 32, "float64": VECTOR_BITS // 64},
-        "cache": forward_rows.stats.cache_path,
+        "machine_code": shipped.describe(),
         "threads": threads.get_num_threads(),
     }

@@ -1,31 +1,32 @@
 """Every call of a CPU kernel looked at before it is made: for tests, where FASTRNN_CHECK_CALLS is 1.
 
-A compiled kernel believes what it is told. It is called by its address, with arguments of the types that it was
-compiled for, and takes from a record where some of the arrays are. A wrong type, or the address of an array that has
-gone, writes into somebody else's memory, and what comes of it is seen much later. Here both are errors at once.
+A kernel believes what it is told: it is given the address of a record, and takes from there where the arrays are. The
+address of an array that has gone would have it write into somebody else's memory, and what comes of that is seen much
+later. Here it is an error at once.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 import weakref
 
 import numpy as np
-from numba import typeof
-from numba.core import types
 
 ENABLED = os.environ.get("FASTRNN_CHECK_CALLS", "0") not in ("", "0")
 
+addresses: dict[np.dtype, tuple[str, ...]] = {}  # by a record's type, its fields that hold some
 _owners: dict[int, weakref.ref] = {}  # by address, the array that owns the memory there
 
 
 def note(array: np.ndarray, address: int) -> int:
     """`address`, which a record is about to hold: that of `array`."""
-    if ENABLED:
-        while isinstance(array.base, np.ndarray):
-            array = array.base
-        _owners[address] = weakref.ref(array)
+    if not array.flags.c_contiguous:
+        raise AssertionError(f"an array of shape {array.shape} and strides {array.strides} is not contiguous")
+    while isinstance(array.base, np.ndarray):
+        array = array.base
+    _owners[address] = weakref.ref(array)
     return address
 
 
@@ -34,41 +35,25 @@ def _is_alive(address: int) -> bool:
     return owner is not None and owner() is not None
 
 
-def check_addresses(record: np.ndarray, fields) -> None:
-    """Raise if one of the addresses in a record is not that of a live array; 0 is none."""
-    for field in fields:
-        for address in np.atleast_1d(record[field]).ravel().tolist():
+def check_record(dtype: np.dtype, place: int) -> None:
+    """Raise if the record at an address names an array that is not alive; 0 is none."""
+    words = (ctypes.c_int64 * (dtype.itemsize // 8)).from_address(place)
+    record = np.frombuffer(words, dtype)[0]
+    for field in addresses[dtype]:
+        for address in np.atleast_1d(record[field]).tolist():
             if address and not _is_alive(address):
                 raise AssertionError(f"{field} is the address {address:#x}, where no array of a caller's is alive")
 
 
-def form(typ):
-    """A type by what a compiled function makes of an argument: flags of an array are not part of it."""
-    if isinstance(typ, types.Array):
-        return f"array({typ.dtype}, {typ.ndim}d)"
-    if isinstance(typ, types.BaseNamedTuple):
-        return typ.instance_class.__name__, *map(form, typ.types)
-    if isinstance(typ, types.BaseTuple):
-        return tuple(map(form, typ.types))
-    if isinstance(typ, types.IntegerLiteral | types.Integer):
-        return "integer"
-    return str(typ)
+def guarded(function, name: str, dtype: np.dtype):
+    """`function`, a kernel that takes the address of a record of that type, with a look at it."""
 
-
-addresses: dict[np.dtype, tuple[str, ...]] = {}  # by a record's type, its fields that hold some
-
-
-def guarded(point, name, types_of):
-    """`point`, a compiled kernel, with a look at what it is called with."""
-
-    @functools.wraps(point)
-    def call(*args):
-        for i, (argument, typ) in enumerate(zip(args, types_of, strict=True)):
-            given, expected = form(typeof(argument)), form(typ)
-            if given != expected:
-                raise AssertionError(f"argument {i} of {name} is {given}, and it was compiled for {expected}")
-            if isinstance(argument, np.ndarray) and argument.dtype in addresses:
-                check_addresses(argument, addresses[argument.dtype])
-        return point(*args)
+    @functools.wraps(function)
+    def call(*arguments):
+        place = arguments[-1]
+        if type(place) is not int:
+            raise AssertionError(f"{name} is called with {place!r}, expected the address of a record")
+        check_record(dtype, place)
+        return function(*arguments)
 
     return call

@@ -6,13 +6,14 @@ How they are packed is told in :mod:`fastrnn.kernels.product`.
 from __future__ import annotations
 
 from llvmlite import ir
-from numba import njit
 from numba.core import cgutils, types
-from numba.extending import intrinsic, register_jitable
+from numba.extending import intrinsic
 
-from fastrnn.kernels import simd
-from fastrnn.kernels.product import VECTORS, clear
-from fastrnn.kernels.simd import INT32, INT64, address_of, borrowed, lanes, load, store
+from fastrnn.kernels import records, simd
+from fastrnn.kernels.lean import kernel, register_jitable
+from fastrnn.kernels.product import clear
+from fastrnn.kernels.simd import INT32, INT64, given, integers_at, lanes, load, numbers_at, record_at, store
+from fastrnn.kernels.tiles import VECTORS
 
 
 def _transpose(builder, vector, rows):
@@ -63,13 +64,12 @@ def pack_block(typingctx, weight, at, row_size, rows, columns, packed, to, step)
 
 
 @register_jitable
-def _pack_gates(weight, k_count, blocks, hidden, units, packed):
+def _pack_gates(weight, k_count, blocks, gates, hidden, units, packed):
     """Pack `weight` [G*H, K] (flat) as [panel][K][gate][unit vector][lane] into `packed` (is modified).
 
-    A panel holds the gate blocks `blocks` of `units` vectors of hidden units; units beyond `hidden` become 0.
+    A panel holds the `gates` gate blocks `blocks` of `units` vectors of hidden units; units beyond `hidden` become 0.
     """
     width = lanes(packed)
-    gates = len(blocks)
     step = gates * units * width
     for vector in range((hidden + units * width - 1) // (units * width) * units):
         panel, u = vector // units, vector % units
@@ -84,47 +84,61 @@ def _pack_gates(weight, k_count, blocks, hidden, units, packed):
 
 
 @register_jitable
-def _pack_bias(bias, blocks, slot, slots, hidden, units, packed):
-    """Add the gate blocks `blocks` of a bias to `packed` [panel][slot][unit vector][lane] (modified), from `slot`."""
+def _pack_bias(bias, blocks, gates, slot, slots, hidden, units, packed):
+    """Add the `gates` gate blocks `blocks` of a bias to `packed` [panel][slot][unit vector][lane] (is modified), from
+    `slot` on.
+    """
     panel_units = units * lanes(packed)
-    for g in range(len(blocks)):
+    for g in range(gates):
         for unit in range(hidden):
             panel, j = unit // panel_units, unit % panel_units
             packed[(panel * slots + slot + g) * panel_units + j] += bias[blocks[g] * hidden + unit]
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
-def pack_stage(source, x, x_count, x_blocks, h, h_count, h_blocks, bias_x, bias_h, slots, hidden, units, wx, wh, bias):
-    """Pack a stage's weights (flat: x [., x_count], h [., h_count]) and biases (empty where there are none).
+_stage_at, _columns_at, _arrays_at = map(record_at, (records.PACK_STAGE, records.PACK_COLUMNS, records.ARRAYS))
+
+
+@kernel
+def pack_stage(numbers, record):
+    """Pack a stage's weights, x [., x_count] and h [., h_count], and its biases, where there are some.
 
     Is modified: wx, wh, bias.
     """
-    size, there = len(bias), len(bias_x) > 0
-    x, h, bias_x, bias_h = borrowed(x), borrowed(h), borrowed(bias_x), borrowed(bias_h)
-    wx, wh, bias = borrowed(wx), borrowed(wh), borrowed(bias)
-    _pack_gates(x, x_count, x_blocks, hidden, units, wx)
-    _pack_gates(h, h_count, h_blocks, hidden, units, wh)
-    clear(bias, 0, size)
-    if there:
-        _pack_bias(bias_x, x_blocks, 0, slots, hidden, units, bias)
-        _pack_bias(bias_h, h_blocks, slots - len(h_blocks), slots, hidden, units, bias)
+    r = _stage_at(record)
+    x_blocks, h_blocks = integers_at(r.x_blocks), integers_at(r.h_blocks)
+    bias = numbers_at(numbers, r.bias)
+    _pack_gates(
+        numbers_at(numbers, r.x), r.x_count, x_blocks, r.x_block_count, r.hidden, r.units, numbers_at(numbers, r.wx)
+    )
+    _pack_gates(
+        numbers_at(numbers, r.h), r.h_count, h_blocks, r.h_block_count, r.hidden, r.units, numbers_at(numbers, r.wh)
+    )
+    clear(bias, 0, r.bias_count)
+    bias_x, bias_h = numbers_at(numbers, r.bias_x), numbers_at(numbers, r.bias_h)
+    if given(bias_x):
+        first = r.slots - r.h_block_count
+        _pack_bias(bias_x, x_blocks, r.x_block_count, 0, r.slots, r.hidden, r.units, bias)
+        _pack_bias(bias_h, h_blocks, r.h_block_count, first, r.slots, r.hidden, r.units, bias)
+    return 0
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
-def pack_columns(source, weight, columns, blocks, block_rows, packed):
-    """Pack `weight` [., N] (flat) as [panel][K][column], where K runs over the rows of `blocks`, into `packed` (is
+@kernel
+def pack_columns(numbers, record):
+    """Pack weight [., columns] as [panel][K][column], where K runs over the rows of `blocks`, into `packed` (is
     modified).
     """
-    weight, packed = borrowed(weight), borrowed(packed)
+    r = _columns_at(record)
+    weight, packed, blocks = numbers_at(numbers, r.weight), numbers_at(numbers, r.packed), integers_at(r.blocks)
     width = VECTORS * lanes(packed)
     at = 0
-    for first in range(0, columns, width):
-        for block in blocks:
-            for row in range(block * block_rows, (block + 1) * block_rows):
+    for first in range(0, r.columns, width):
+        for b in range(r.block_count):
+            for row in range(blocks[b] * r.block_rows, (blocks[b] + 1) * r.block_rows):
                 for j in range(0, width, lanes(packed)):
-                    n = max(0, columns - first - j)
-                    store(packed, at, load(weight, row * columns + first + j, n), lanes(packed))
+                    n = max(0, r.columns - first - j)
+                    store(packed, at, load(weight, row * r.columns + first + j, n), lanes(packed))
                     at += lanes(packed)
+    return 0
 
 
 # ---- checksums
@@ -179,7 +193,7 @@ def _mix_array(builder, vector, data, count, chains):
 
 @intrinsic
 def checksum(typingctx, pointers, counts):
-    """Of some borrowed arrays and how many numbers they hold: two tuples.
+    """Of some arrays and how many numbers they hold: two tuples.
 
     The numbers' 32-bit words are dealt to many chains, x = rotate((x ^ word) * MULTIPLIER). A change of one word always
     changes its chain. Changes of several can cancel each other in one chain by a chance of 1 in 2^32, and would have to
@@ -198,13 +212,18 @@ def checksum(typingctx, pointers, counts):
     return types.int64(pointers, counts), emit
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
-def checksum_of(source, a, b, c, d, e):
+@register_jitable
+def checksum_at(numbers, a, n):
+    """Of the five arrays whose addresses and counts `a` and `n` hold."""
+    arrays = (
+        numbers_at(numbers, a[0]), numbers_at(numbers, a[1]), numbers_at(numbers, a[2]), numbers_at(numbers, a[3]),
+        numbers_at(numbers, a[4]),
+    )  # fmt: skip
+    return checksum(arrays, (n[0], n[1], n[2], n[3], n[4]))
+
+
+@kernel
+def checksum_of(numbers, record):
     """Of five arrays; see `checksum`."""
-    return checksum(borrowed((a, b, c, d, e)), (a.size, b.size, c.size, d.size, e.size))
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
-def address(source, array):
-    """Where an array's numbers are: 0 for an empty one."""
-    return address_of(array) if array.size > 0 else 0
+    r = _arrays_at(record)
+    return checksum_at(numbers, r.arrays, r.counts)

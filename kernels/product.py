@@ -14,23 +14,12 @@ from __future__ import annotations
 
 from llvmlite import ir
 from numba.core import cgutils, types
-from numba.extending import intrinsic, register_jitable
+from numba.extending import intrinsic
 
 from fastrnn.kernels import simd
-from fastrnn.kernels.simd import INT64, REGISTERS, lanes, load, store
-
-VECTORS = 4  # vectors of columns in a panel of a plain product
-BLOCK = 128  # steps of k that are summed at a time: a panel's share of them stays in the first-level cache
-OUTER_BLOCK = (
-    512  # the same in the weight gradients, whose sums are over rows: fewer visits of the gradient, which is large
-)
-TALL = 4  # rows of a tile that computes long enough to have something fetched meanwhile
-IN_FLIGHT = 8  # sums under way that hide the latency of a fused multiply-add
-
-
-def rows_in_tile(vectors: int) -> int:
-    """Most rows that a tile can have: its sums, one row of weights and one element of A fill the registers."""
-    return (REGISTERS * 3 // 4) // vectors
+from fastrnn.kernels.lean import register_jitable
+from fastrnn.kernels.simd import INT64, lanes, load, store
+from fastrnn.kernels.tiles import BLOCK, IN_FLIGHT, OUTER_BLOCK, OUTER_TILES, TALL, rows_in_tile
 
 
 @register_jitable
@@ -281,12 +270,3 @@ def _add_first_columns(c, at, c_row, n, work, work_at, width, rows):
         for j in range(0, n, lanes(c)):
             to = at + r * c_row + j
             store(c, to, load(c, to, n - j) + load(work, work_at + r * width + j, n - j), n - j)
-
-
-OUTER_TILES = 32  # tiles of D that are packed at a time: they stay in the second-level cache
-
-
-def outer_work(vectors: int, width: int) -> int:
-    """Numbers of scratch that add_outer_products needs, for vectors of `width` numbers."""
-    height = rows_in_tile(vectors)
-    return (OUTER_TILES * height + vectors * width) * OUTER_BLOCK + width + height * vectors * width

@@ -9,60 +9,24 @@ Nothing here is called from Python: these are the words that the kernels are wri
 
 from __future__ import annotations
 
-import functools
 import math
 import operator
 from fractions import Fraction
 
-from llvmlite import binding, ir
-from numba.core import cgutils, config, types
+from llvmlite import ir
+from numba.core import cgutils, types
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
-from numba.extending import intrinsic, lower_builtin, lower_cast, models, overload, register_jitable, register_model
+from numba.extending import intrinsic, lower_builtin, lower_cast, models, overload, register_model
+from numba.np.numpy_support import from_dtype
 
-from fastrnn.kernels import cells
+from fastrnn.kernels import cells, lean
+from fastrnn.kernels.lean import register_jitable
+from fastrnn.kernels.tiles import VECTOR_BITS
 
 INT32, INT64 = ir.IntType(32), ir.IntType(64)
 
-
-# ---- the machine
-
-
-def _assembly(code: str) -> str:
-    """What LLVM makes of `code` for the CPU that Numba compiles for."""
-    binding.initialize_native_target()
-    binding.initialize_native_asmprinter()
-    name = binding.get_host_cpu_name() if config.CPU_NAME in (None, "generic") else config.CPU_NAME
-    if config.CPU_NAME == "generic":
-        name = ""
-    features = config.CPU_FEATURES
-    if features is None:
-        features = binding.get_host_cpu_features().flatten()
-    target = binding.Target.from_default_triple()
-    machine = target.create_target_machine(cpu=name, features=features, opt=2)
-    return machine.emit_assembly(binding.parse_assembly(code))
-
-
-@functools.cache
-def machine() -> dict:
-    """Width in bits and number of the vector registers, and whether there is a fused multiply-add.
-
-    Asked of the compiler itself rather than of a list of CPU names: sixteen floats are added, and the registers that
-    the compiler uses for it are looked at.
-    """
-    text = _assembly(
-        "declare <16 x float> @llvm.fmuladd.v16f32(<16 x float>, <16 x float>, <16 x float>)\n"
-        "define <16 x float> @f(<16 x float> %a) {\n"
-        "  %b = call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %a, <16 x float> %a, <16 x float> %a)\n"
-        "  ret <16 x float> %b\n}\n"
-    )
-    bits = 512 if "zmm" in text else 256 if "ymm" in text else 128
-    fused = "vfmadd" in text or "fmla" in text or "fmadd" in text
-    arm = binding.get_process_triple().startswith(("aarch64", "arm64"))
-    return {"vector_bits": bits, "registers": 32 if bits == 512 or arm else 16, "fused_multiply_add": fused}
-
-
-VECTOR_BITS = machine()["vector_bits"]
-REGISTERS = machine()["registers"]
+for _formula in cells.FORMULAS:
+    register_jitable(_formula)
 
 
 # ---- the type
@@ -161,7 +125,7 @@ def vector_of(array):
 
 
 def address(context, builder, array_type, array, index, vector=None):
-    """Pointer to array[index] of an array or a borrowed one, as one to `vector` where given."""
+    """Pointer to array[index] of a NumPy array or of one known by its address, as one to `vector` where given."""
     if isinstance(array_type, types.CPointer):
         data = array
     else:
@@ -302,46 +266,9 @@ def store_each(typingctx, array, index, places, step, values, n):
     return types.void(array, types.intp, places, types.intp, values, types.intp), emit
 
 
-def _as_borrowed(typ):
-    """The type of what `borrowed` makes of a value of type `typ`."""
-    if isinstance(typ, types.Array):
-        return types.CPointer(types.uint8 if typ.dtype == types.boolean else typ.dtype)
-    if isinstance(typ, types.BaseNamedTuple):
-        return types.BaseTuple.from_types(tuple(map(_as_borrowed, typ.types)), typ.instance_class)
-    if isinstance(typ, types.BaseTuple):
-        return types.Tuple(tuple(map(_as_borrowed, typ.types)))
-    return typ
-
-
-def _borrow(context, builder, typ, value):
-    if isinstance(typ, types.Array):
-        array = context.make_array(typ)(context, builder, value)
-        pointer = builder.bitcast(array.data, context.get_value_type(_as_borrowed(typ)))
-        empty = builder.icmp_signed("==", array.nitems, ir.Constant(INT64, 0))
-        return builder.select(empty, ir.Constant(pointer.type, None), pointer)
-    if isinstance(typ, types.BaseTuple):
-        items = [_borrow(context, builder, item, builder.extract_value(value, i)) for i, item in enumerate(typ.types)]
-        return context.make_tuple(builder, _as_borrowed(typ), items)
-    return value
-
-
-@intrinsic
-def borrowed(typingctx, value):
-    """A contiguous array as the address of its first number, or a tuple of arrays likewise, for the time of a call.
-
-    An array itself is a record of seven words with a count of references, which is an atomic operation wherever the
-    array is handed on. Kernels hand much on: with arrays a small step takes twice the time.
-    """
-
-    def emit(context, builder, sig, args):
-        return _borrow(context, builder, sig.args[0], args[0])
-
-    return _as_borrowed(value)(value), emit
-
-
 @intrinsic
 def given(typingctx, pointer):
-    """Whether the array that was borrowed holds anything."""
+    """Whether there is an array."""
 
     def emit(context, builder, sig, args):
         return builder.icmp_unsigned("!=", args[0], ir.Constant(args[0].type, None))
@@ -349,24 +276,60 @@ def given(typingctx, pointer):
     return types.boolean(pointer), emit
 
 
+# Kernels know arrays by the address of their first number. An array of Numba's is a record of seven words with a count
+# of references, which is an atomic operation wherever the array is handed on: a small step would take twice the time.
+
+
+def _at_address(element):
+    def emit(context, builder, sig, args):
+        return builder.inttoptr(args[-1], context.get_value_type(sig.return_type))
+
+    return types.CPointer(element), emit
+
+
 @intrinsic
-def address_of(typingctx, array):
-    """Where an array's numbers are, as an integer for `at_address`."""
+def numbers_at(typingctx, like, address):
+    """The numbers at an address, of the type of `like`: of a stage, or of whatever says for which numbers it is."""
+    result, emit = _at_address(like.dtype)
+    return result(like, types.int64), emit
+
+
+@intrinsic
+def integers_at(typingctx, address):
+    result, emit = _at_address(types.int64)
+    return result(types.int64), emit
+
+
+@intrinsic
+def flags_at(typingctx, address):
+    """Booleans."""
+    result, emit = _at_address(types.uint8)
+    return result(types.int64), emit
+
+
+def record_at(dtype):
+    """A function of an address: the record of that type that stands there."""
+    kind = from_dtype(dtype)
+
+    @intrinsic
+    def record(typingctx, address):
+        def emit(context, builder, sig, args):
+            return builder.inttoptr(args[0], context.get_value_type(kind))
+
+        return kind(types.int64), emit
+
+    return record
+
+
+@intrinsic
+def first_of(typingctx, like, values):
+    """As many of the tuple `values` as `like` has."""
 
     def emit(context, builder, sig, args):
-        return builder.ptrtoint(context.make_array(sig.args[0])(context, builder, args[0]).data, INT64)
+        items = [builder.extract_value(args[1], i) for i in range(len(sig.return_type))]
+        return context.make_tuple(builder, sig.return_type, items)
 
-    return types.int64(array), emit
-
-
-@intrinsic
-def at_address(typingctx, address, pointer):
-    """A borrowed array, from its address; `pointer` says of what."""
-
-    def emit(context, builder, sig, args):
-        return builder.inttoptr(args[0], context.get_value_type(sig.return_type))
-
-    return pointer(types.int64, pointer), emit
+    return types.UniTuple(values.dtype, len(like))(like, values), emit
 
 
 def emit_prefetch(builder, pointer):
@@ -387,26 +350,6 @@ def prefetch(typingctx, pointer, index):
         return context.get_dummy_value()
 
     return types.void(pointer, types.intp), emit
-
-
-@intrinsic
-def integers_at(typingctx, address):
-    """A borrowed array of integers, from its address."""
-
-    def emit(context, builder, sig, args):
-        return builder.inttoptr(args[0], context.get_value_type(sig.return_type))
-
-    return types.CPointer(types.int64)(types.int64), emit
-
-
-@intrinsic
-def flags_at(typingctx, address):
-    """A borrowed array of booleans, from its address."""
-
-    def emit(context, builder, sig, args):
-        return builder.inttoptr(args[0], context.get_value_type(sig.return_type))
-
-    return types.CPointer(types.uint8)(types.int64), emit
 
 
 # ---- functions
@@ -539,28 +482,28 @@ def exp(x):
     raise NotImplementedError("exp is for vectors, inside kernels")
 
 
-@overload(exp)
+@overload(exp, jit_options=lean.CALLEE)
 def _exp_overload(x):
     if isinstance(x, Vector):
         low, high = (-104.5, 89.5) if x.dtype == types.float32 else (-746.0, 710.5)
         return lambda x: _exp(x, low, high)
 
 
-@overload(cells.sigmoid)
+@overload(cells.sigmoid, jit_options=lean.CALLEE)
 def _sigmoid_overload(x):
     if isinstance(x, Vector):
         low = -104.5 if x.dtype == types.float32 else -746.0
         return lambda x: _sigmoid(x, low)
 
 
-@overload(cells.tanh)
+@overload(cells.tanh, jit_options=lean.CALLEE)
 def _tanh_overload(x):
     if isinstance(x, Vector):
         bound = 10.0 if x.dtype == types.float32 else 20.0
         return lambda x: _tanh(x, bound)
 
 
-@overload(cells.relu)
+@overload(cells.relu, jit_options=lean.CALLEE)
 def _relu_overload(x):
     if isinstance(x, Vector):
         return lambda x: at_least(x, 0.0)
@@ -572,7 +515,7 @@ def where_positive(builder, vector, x, yes):
     return builder.select(builder.fcmp_ordered(">", x, constant(vector, 0)), yes, constant(vector, 0))
 
 
-@overload(cells.d_relu)
+@overload(cells.d_relu, jit_options=lean.CALLEE)
 def _d_relu_overload(h, dh):
     if isinstance(h, Vector):
         return lambda h, dh: where_positive(h, dh)

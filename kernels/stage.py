@@ -12,95 +12,49 @@ does.
 from __future__ import annotations
 
 import functools
-import zlib
-from pathlib import Path
-from typing import NamedTuple
 
 from numba import typeof
 from numba.core import types
-from numba.extending import (
-    NativeValue,
-    models,
-    overload_attribute,
-    overload_method,
-    register_model,
-    typeof_impl,
-    unbox,
-)
+from numba.core.imputils import lower_getattr_generic
+from numba.core.typing.templates import AttributeTemplate, infer_getattr
+from numba.extending import NativeValue, models, overload_method, register_model, unbox
 
-from fastrnn.kernels import guard
+from fastrnn.kernels import lean
 from fastrnn.kernels.cells import CELLS, H, Stage
-from fastrnn.kernels.product import VECTORS
+from fastrnn.kernels.shipped import CHECKSUM
+from fastrnn.kernels.tiles import STAGES, UNITS
 
-SOURCES = ("barrier", "cells", "packing", "product", "simd", "stage", "walk")
-
-
-def _checksum() -> str:
-    folder = Path(__file__).parent
-    return f"{zlib.crc32(b''.join((folder / f'{name}.py').read_bytes() for name in SOURCES)):08x}"
-
-
-CHECKSUM = _checksum()
-STAGES = {stage.name: stage for cell in CELLS.values() for stage in cell.stages}
-
-
-class Masked(NamedTuple):
-    """A stage whose operand h is multiplied by a mask: the same for all gates, or one for each."""
-
-    stage: Stage
-    each: bool
+STATES = {stage.name: cell.states for cell in CELLS.values() for stage in cell.stages}
 
 
 class StageType(types.Type):
-    def __init__(self, stage_name, masked="", each=False):
-        self.stage_name, self.masked, self.each = stage_name, bool(masked), each
-        super().__init__(name=f"Stage({stage_name}{masked}, {CHECKSUM})")
+    """Of a stage for numbers of type `dtype`; perhaps its operand h is multiplied by a mask, the same for all gates or
+    one for `each`.
+    """
+
+    def __init__(self, stage_name, dtype, masked=False, each=False):
+        self.stage_name, self.dtype, self.masked, self.each = stage_name, dtype, masked, each
+        masks = " with masks" if each else " with a mask" if masked else ""
+        super().__init__(name=f"Stage({stage_name}{masks}, {dtype}, {CHECKSUM})")
 
 
-class SourceType(types.Type):
-    """Of an argument that says no more than which sources a kernel was compiled from."""
+class NumbersType(types.Type):
+    """Of an argument that says no more than which numbers a kernel is for, and from which sources it is compiled."""
 
-    def __init__(self):
-        super().__init__(name=f"Source({CHECKSUM})")
+    def __init__(self, dtype):
+        self.dtype = dtype
+        super().__init__(name=f"Numbers({dtype}, {CHECKSUM})")
 
-
-class Source:
-    """Handed to kernels that take no stage, so that they too are compiled anew when a source changes."""
-
-
-SOURCE = Source()
 
 register_model(StageType)(models.OpaqueModel)
-register_model(SourceType)(models.OpaqueModel)
-
-
-@typeof_impl.register(Stage)
-def _typeof_stage(stage, c):
-    return StageType(stage.name)
-
-
-@typeof_impl.register(Masked)
-def _typeof_masked(masked, c):
-    return StageType(masked.stage.name, " with masks" if masked.each else " with a mask", masked.each)
-
-
-@typeof_impl.register(Source)
-def _typeof_source(source, c):
-    return SourceType()
+register_model(NumbersType)(models.OpaqueModel)
 
 
 @unbox(StageType)
-@unbox(SourceType)
+@unbox(NumbersType)
 def _unbox(typ, obj, c):
+    """Whatever is handed over: the type says all."""
     return NativeValue(c.context.get_dummy_value())
-
-
-def _units(stage: Stage) -> int:
-    """Vectors of hidden units in a panel: few gates leave room for several."""
-    return max(1, VECTORS // len(stage.h_blocks))
-
-
-UNITS = {name: _units(stage) for name, stage in STAGES.items()}
 
 
 @functools.cache
@@ -108,9 +62,10 @@ def _constants(stage: Stage, masked: bool, each: bool) -> dict:
     """What a kernel may ask of a stage besides its own fields, as tuples whose length is known to the compiler."""
     width = UNITS[stage.name]
     masks = stage.h_blocks if each else (0,)
-    return {
+    constants = {
         **stage._asdict(),
         "units": width,
+        "states": tuple(range(STATES[stage.name])),  # of the whole cell
         "slots": tuple(range(stage.gates)),
         "x_columns": tuple(range(len(stage.x_blocks or stage.h_blocks) * width)),
         "h_columns": tuple(range(len(stage.h_blocks) * width)),
@@ -121,63 +76,33 @@ def _constants(stage: Stage, masked: bool, each: bool) -> dict:
         "operands": tuple(range(len(masks))),  # what the product multiplies: one for all gates, or one for each
         "masks": masks if masked else None,  # the numbers of their masks
     }
+    return {name: value for name, value in constants.items() if name not in ("name", "forward", "backward")}
 
 
-def _attribute(field):
-    @overload_attribute(StageType, field)
-    def get(stage):
-        value = _constants(STAGES[stage.stage_name], stage.masked, stage.each)[field]
-        return lambda stage: value
+@infer_getattr
+class _Attributes(AttributeTemplate):
+    """The constants, of which nothing need be compiled."""
+
+    key = StageType
+
+    def generic_resolve(self, stage, field):
+        constants = _constants(STAGES[stage.stage_name], stage.masked, stage.each)
+        return typeof(constants[field]) if field in constants else None
 
 
-for _field in _constants(next(iter(STAGES.values())), False, False):
-    if _field not in ("name", "forward", "backward"):
-        _attribute(_field)
+@lower_getattr_generic(StageType)
+def _get(context, builder, stage, value, field):
+    constant = _constants(STAGES[stage.stage_name], stage.masked, stage.each)[field]
+    return context.get_constant_generic(builder, typeof(constant), constant)
 
 
-@overload_method(StageType, "forward")
+@overload_method(StageType, "forward", jit_options=lean.CALLEE)
 def _forward(stage, gates, state):
     function = STAGES[stage.stage_name].forward
     return lambda stage, gates, state: function(gates, state)
 
 
-@overload_method(StageType, "backward")
+@overload_method(StageType, "backward", jit_options=lean.CALLEE)
 def _backward(stage, dh, carried, saved, state):
     function = STAGES[stage.stage_name].backward
     return lambda stage, dh, carried, saved, state: function(dh, carried, saved, state)
-
-
-def _of_any_flags(typ):
-    """The type, with every array in it as a writeable one: a kernel is compiled once whatever flags come later."""
-    if isinstance(typ, types.Array):
-        return typ.copy(readonly=False)
-    if isinstance(typ, types.BaseTuple):
-        parts = tuple(map(_of_any_flags, typ.types))
-        return types.BaseTuple.from_types(parts, getattr(typ, "instance_class", None))
-    return typ
-
-
-_entries: dict = {}
-
-
-def call(kernel, key, *args):
-    """kernel(*args), without looking at the arguments' types each time: `key` stands for them.
-
-    Numba's own dispatch takes 10 µs for each argument of a type that it does not know, and compiles anew for read-only
-    arrays. Whoever calls by a key gives arguments of the same types with it every time, or the process ends:
-    :mod:`fastrnn.kernels.guard` checks it.
-    """
-    point = _entries.get((kernel, key))
-    if point is None:
-        types_of = tuple(_of_any_flags(typeof(argument)) for argument in args)
-        kernel.compile(types_of)
-        point = kernel.overloads[types_of].entry_point
-        if guard.ENABLED:
-            point = guard.guarded(point, kernel.py_func.__name__, types_of)
-        _entries[kernel, key] = point
-    return point(*args)
-
-
-def entry(kernel, key):
-    """What `call` calls by this key, once it has done so."""
-    return _entries[kernel, key]

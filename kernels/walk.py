@@ -15,110 +15,34 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
-from numba.extending import register_jitable
 
-from fastrnn.kernels.barrier import LEAVE, TOGETHER, close, invite, join, meet
+from fastrnn.kernels import records
+from fastrnn.kernels.barrier import LEAVE, TOGETHER
 from fastrnn.kernels.cells import TAPE_OF_C
-from fastrnn.kernels.packing import checksum
-from fastrnn.kernels.product import VECTORS, add_outer_products, clear, multiply, panels_together, rows_in_tile
+from fastrnn.kernels.lean import kernel, register_jitable
+from fastrnn.kernels.meeting import close, invite, join, meet
+from fastrnn.kernels.packing import checksum_at
+from fastrnn.kernels.product import add_outer_products, clear, multiply, panels_together
+from fastrnn.kernels.records import CHANGED, DONE, HEAD, Back, Crew, Scratch, Sequences, Sizes, Weights
 from fastrnn.kernels.simd import (
-    at_address,
-    borrowed,
+    first_of,
     flags_at,
     given,
     integers_at,
     lanes,
     load,
     load_each,
+    numbers_at,
     prefetch,
+    record_at,
     spread,
     store,
     store_each,
 )
+from fastrnn.kernels.tiles import ROWS, TILE_ROWS, VECTOR_BITS, VECTORS
 
-ROWS = 48  # rows whose gate sums are under way at a time: they stay in the first-level cache
 AHEAD_ALONE = 4  # steps whose products with x a thread makes ahead that may soon share the work
 COLUMNS = tuple(range(VECTORS))  # of a panel in a plain product
-TILE_ROWS = rows_in_tile(VECTORS)
-
-_kernel = njit(cache=True, nogil=True, error_model="numpy")
-
-
-class Sizes(NamedTuple):
-    """The sizes of a problem and of its buffers."""
-
-    steps: int  # T
-    batch: int
-    inputs: int
-    hidden: int
-    h: int  # P where there is a projection, else H
-    ld: int  # numbers in a row of a buffer
-    slots: int  # places of a state, taken in turn by its values at each step: 2, or one more than steps in a call
-
-
-class Sequences(NamedTuple):
-    """The caller's sequences, flat, and how to walk through them."""
-
-    x: np.ndarray  # [T, B, I]
-    output: np.ndarray  # [T, B, output_row], of which h columns from `column` on are this direction's
-    output_row: int
-    column: int
-    tape: np.ndarray  # [steps, B, tape, H], where the first step is `tape_start`; empty where there is to be none
-    tape_row: int
-    tape_start: int
-    order: np.ndarray  # [B]; empty where rows stand as the caller's
-    active: np.ndarray  # [T]; empty where all are active at all times
-    reset: np.ndarray  # [T, B]; empty where there are none
-    reverse: bool
-    masks: np.ndarray  # [masks, B, ld]: rows in `order`; empty where the recurrent product has none
-
-
-class Weights(NamedTuple):
-    """Of one stage: one array holding its products with x and h, packed in panels, and its bias."""
-
-    packed: np.ndarray
-    h: int  # where the product with h begins
-    bias: int
-
-
-class Scratch(NamedTuple):
-    """What a thread needs for the forward walk."""
-
-    ahead: int  # steps whose products with x are made together; 0: each step makes its own
-    first: np.ndarray  # gate sums [row][panel][slot][unit], of `ahead` steps or of one panel
-    second: np.ndarray  # the same of a second stage, of one panel
-    masked: np.ndarray  # [operands][row][ld]: what a product with masks multiplies
-    places: np.ndarray  # of rows in x (those of `ahead` steps), and then
-    buffer: int  # of each row in a buffer,
-    output: int  # in output,
-    tape: int  # and in tape: where in `places` these begin
-
-
-DONE, CHANGED = 1, 0
-# What `forward_rows` is called for: sizes, and addresses of arrays. Those of a call's own arrays stand there during the
-# call alone.
-OF_A_CALL = ("tape", "order", "active", "reset", "masks")
-ADDRESSES = (*OF_A_CALL, "values", "masked", "places", "sync", "packed", "sums", "params")
-JOB = np.dtype(
-    [
-        (name, np.int64)
-        for name in """steps batch inputs hidden h ld slots  output_row column tape tape_row tape_start order active
-        reset reverse masks  ahead values masked places  row0 row1 part sync  checksum""".split()
-    ]
-    + [(name, np.int64, 2) for name in "packed packed_h packed_bias sums".split()]
-    + [("begins", np.int64, 3), ("params", np.int64, 5), ("counts", np.int64, 5)]
-)
-
-
-class Crew(NamedTuple):
-    """Which part of the work a thread has."""
-
-    row0: int
-    row1: int
-    part: int  # of the hidden units
-    parts: int
-    sync: np.ndarray  # see barrier.py
 
 
 class Step(NamedTuple):
@@ -147,14 +71,6 @@ class Way(NamedTuple):
     numbers: np.ndarray  # [Q]: t * B + b of each row
     chunk_rows: int  # Q
     bases: np.ndarray  # row j of step s is row bases[s - s0] + j of the chunk
-
-
-class Back(NamedTuple):
-    """A product that takes gate gradients back to what they came from: the packed weights, and the columns of d."""
-
-    weights: np.ndarray
-    column: int  # where the gate gradients begin,
-    count: int  # and how many there are
 
 
 @register_jitable
@@ -357,66 +273,77 @@ def _still_active(size, walk, s, rows, row0, row1):
     return rows if walk.reverse else rows_at(walk, size, s + 1, row0, row1)
 
 
-@_kernel
-def forward_rows(first, second, jobs, number, parts, x, output, initial, final, begins, s0, s1):
-    """Steps s0 to s1 of some rows and hidden units: job `number` of `jobs`, which `parts` threads share.
+_forward_at, _backward_at = record_at(records.FORWARD), record_at(records.BACKWARD)
 
-    Returns DONE, or CHANGED if the parameters or the arrays' sizes are not what the job was made for; nothing is done
-    then. x is (T * B, I). `initial`, the states that a walk `begins` with at s0, and `final` are tuples of arrays
-    (1, B, .). Is modified: output, final, and what the job names.
 
-    Most of what a job is does not change from call to call, and stands in a record: to begin with as many arguments
-    takes as long as a small step.
+@kernel
+def forward(first, second, record):
+    """Steps s0 to s1 of some rows and hidden units, which `parts` threads share.
+
+    Returns DONE, or CHANGED if the parameters or the arrays' sizes are not what the record was made for; nothing is
+    done then. x is an array object of (T * B, I); h and c, the states that a walk `begins` with at s0, and h_final and
+    c_final are objects of (1, B, .). Is modified: output, the final states, and what the record names.
     """
-    job = jobs[number]
-    if not _in_order(x, job.steps * job.batch, job.inputs):
+    r = _forward_at(record)
+    size = Sizes(r.steps, r.batch, r.inputs, r.hidden, r.h, r.ld, r.slots)
+    if not _fit(first, r, size):
         return CHANGED
-    for v in range(len(initial)):
-        if not _in_order(initial[v][0], job.batch, job.h if v == 0 else job.hidden) or len(initial[v]) != 1:
-            return CHANGED
-    x, output, initial, final = borrowed(x), borrowed(output), borrowed(initial), borrowed(final)
-    if begins and job.checksum != 0 and _checksum_now(job, x) != job.checksum:
+    if r.begins != 0 and r.checksum != 0 and checksum_at(first, r.params, r.counts) != r.checksum:
         return CHANGED
-    size = Sizes(job.steps, job.batch, job.inputs, job.hidden, job.h, job.ld, job.slots)
+    initial = first_of(first.states, (_data(first, r.h_initial), _data(first, r.c_initial)))
+    final = first_of(first.states, (_data(first, r.h_final), _data(first, r.c_final)))
     walk = Sequences(
-        x, output, job.output_row, job.column, at_address(job.tape, x), job.tape_row, job.tape_start,
-        integers_at(job.order), integers_at(job.active), flags_at(job.reset), job.reverse != 0,
-        at_address(job.masks, x),
+        _data(first, r.x), _data(first, r.output), r.output_row, r.column, numbers_at(first, r.tape), r.tape_row,
+        r.tape_start, integers_at(r.order), integers_at(r.active), flags_at(r.reset), r.reverse != 0,
+        numbers_at(first, r.masks),
     )  # fmt: skip
-    weights = Weights(at_address(job.packed[0], x), job.packed_h[0], job.packed_bias[0])
-    weights2 = Weights(at_address(job.packed[1], x), job.packed_h[1], job.packed_bias[1])
+    weights = Weights(numbers_at(first, r.packed[0]), r.packed_h[0], r.packed_bias[0])
+    weights2 = Weights(numbers_at(first, r.packed[1]), r.packed_h[1], r.packed_bias[1])
     scratch = Scratch(
-        job.ahead, at_address(job.sums[0], x), at_address(job.sums[1], x), at_address(job.masked, x),
-        integers_at(job.places), job.begins[0], job.begins[1], job.begins[2],
+        r.ahead, numbers_at(first, r.sums[0]), numbers_at(first, r.sums[1]), numbers_at(first, r.masked),
+        integers_at(r.places), r.buffer_places, r.output_places, r.tape_places,
     )  # fmt: skip
-    crew = Crew(job.row0, job.row1, job.part, parts, integers_at(job.sync))
+    crew = Crew(r.row0, r.row1, r.part, r.parts, integers_at(r.sync))
     _forward_rows(
-        first, second, size, walk, weights, weights2, initial, final, at_address(job.values, x), scratch, crew, begins,
-        s0, s1,
+        first, second, size, walk, weights, weights2, initial, final, numbers_at(first, r.values), scratch, crew,
+        r.begins != 0, r.s0, r.s1,
     )  # fmt: skip
     return DONE
 
 
-@register_jitable
-def _in_order(array, rows, columns):
-    """Whether an array has that shape and is contiguous: its type may say so where nobody has looked."""
-    n, m = array.shape
-    row, item = array.strides
-    return n == rows and m == columns and (item == array.itemsize or m == 1) and (row == m * array.itemsize or n == 1)
+# An array object begins, behind what all Python objects begin with, with: the address of its numbers, how many axes it
+# has, the addresses of its shape and of its strides.
 
 
 @register_jitable
-def _checksum_now(job, x):
-    a, n = job.params, job.counts
-    return checksum(
-        (at_address(a[0], x), at_address(a[1], x), at_address(a[2], x), at_address(a[3], x), at_address(a[4], x)),
-        (n[0], n[1], n[2], n[3], n[4]),
-    )  # fmt: skip
+def _data(like, array):
+    """The numbers of an array object, at its address; none where there is no object."""
+    return numbers_at(like, integers_at(array + HEAD)[0] if array != 0 else 0)
+
+
+@register_jitable
+def _fit(first, r, size):
+    """Whether the caller's arrays have the sizes that the record was made for."""
+    if not _in_order(first, r.x, 0, size.steps * size.batch, size.inputs):
+        return False
+    fit = _in_order(first, r.h_initial, 1, size.batch, size.h)
+    return fit and (len(first.states) == 1 or _in_order(first, r.c_initial, 1, size.batch, size.hidden))
+
+
+@register_jitable
+def _in_order(like, array, axis, rows, columns):
+    """Whether an array object has that shape, from `axis` on, and is contiguous; axes before are of length 1."""
+    words = integers_at(array + HEAD)
+    shape, strides = integers_at(words[2]), integers_at(words[3])
+    itemsize = VECTOR_BITS // 8 // lanes(numbers_at(like, 0))
+    n, m, row, item = shape[axis], shape[axis + 1], strides[axis], strides[axis + 1]
+    fits = n == rows and m == columns and (axis == 0 or shape[0] == 1)
+    return fits and (item == itemsize or m == 1) and (row == m * itemsize or n == 1)
 
 
 @register_jitable
 def _forward_rows(first, second, size, walk, weights, weights2, initial, final, values, scratch, crew, begins, s0, s1):
-    """As `forward_rows`. values [V, slots, B, ld] holds each state, and each value that one stage hands to the next,
+    """As `forward`. values [V, slots, B, ld] holds each state, and each value that one stage hands to the next,
     before and after a step.
     """
     slot, width = size.batch * size.ld, lanes(values)
@@ -643,16 +570,47 @@ def _leave_back(size, walk, way, s, step, row0, row1):
             _copy(buffer, step.now + row * size.ld, way.d_initial[v], to, count)
 
 
-@_kernel
-def backward_rows(
+@kernel
+def backward(first, second, record):
+    """Steps s1 - 1 down to s0 of some rows and units.
+
+    Is modified: dx, d_initial, and the buffers that the record names.
+    """
+    r = _backward_at(record)
+    size = Sizes(r.steps, r.batch, r.inputs, r.hidden, r.h, r.ld, r.slots)
+    walk = Sequences(
+        numbers_at(first, r.x), numbers_at(first, r.output), r.output_row, r.column, numbers_at(first, r.tape),
+        r.tape_row, r.tape_start, integers_at(r.order), integers_at(r.active), flags_at(r.reset), r.reverse != 0,
+        numbers_at(first, r.masks),
+    )  # fmt: skip
+    way = Way(
+        numbers_at(first, r.dh), numbers_at(first, r.middle), numbers_at(first, r.carried), _pair(first, r.initial),
+        r.start, _pair(first, r.d_final), _pair(first, r.d_initial), numbers_at(first, r.previous),
+        numbers_at(first, r.masked), numbers_at(first, r.d), r.d_row, integers_at(r.numbers), r.chunk_rows,
+        integers_at(r.bases),
+    )  # fmt: skip
+    back = Back(numbers_at(first, r.weights_h[0]), r.columns[0], r.counts[0])
+    back2 = Back(numbers_at(first, r.weights_h[1]), r.columns[1], r.counts[1])
+    crew = Crew(r.row0, r.row1, r.part, r.parts, integers_at(r.sync))
+    _backward_rows(
+        first, second, size, walk, way, numbers_at(first, r.weights_x), r.rows_x, back, back2,
+        numbers_at(first, r.d_output), numbers_at(first, r.dx), numbers_at(first, r.sums), integers_at(r.places), crew,
+        r.begins != 0, r.s0, r.s1,
+    )  # fmt: skip
+    return DONE
+
+
+@register_jitable
+def _pair(first, addresses):
+    """An array for each state of the cell."""
+    return first_of(first.states, (numbers_at(first, addresses[0]), numbers_at(first, addresses[1])))
+
+
+@register_jitable
+def _backward_rows(
     first, second, size, walk, way, wx, x_rows, back, back2, d_output, dx, g, places, crew, begins, s0, s1
 ):
-    """Steps s1 - 1 down to s0 of some rows and units. Is modified: way, dx, and the scratch arrays g and places.
-
-    back and back2 are the stages' products with h. The x_rows first columns of d are those of wx.
-    """
-    walk, way, wx, back, back2 = borrowed(walk), borrowed(way), borrowed(wx), borrowed(back), borrowed(back2)
-    d_output, dx, g, places, crew = borrowed(d_output), borrowed(dx), borrowed(g), borrowed(places), borrowed(crew)
+    """As `backward`. back and back2 are the stages' products with h; the x_rows first columns of d are those of wx."""
     row0, row1, parts = crew.row0, crew.row1, crew.parts
     width = VECTORS * lanes(way.d)
     panels = (size.h + width - 1) // width
@@ -773,26 +731,34 @@ def _input_rows(size, way, wx, x_rows, dx, g, places, rows, p):
         _copy(g, r * width, dx, places[ROWS + r] + p * width, min(width, size.inputs - p * width))
 
 
-@_kernel
-def weight_gradient(source, d, d0, d_row, m_count, b, places, rows, n_count, c, tile_places, work, part, parts):
+_outer_at, _bias_at = record_at(records.OUTER), record_at(records.BIAS)
+
+
+@kernel
+def weight_gradient(numbers, record):
     """Add D^T B to c [M, N] (is modified): this part's rows of c, so that each sum is made by one thread."""
-    d, b, places, c = borrowed(d), borrowed(b), borrowed(places), borrowed(c)
-    tile_places, work = borrowed(tile_places), borrowed(work)
-    tiles = (m_count + TILE_ROWS - 1) // TILE_ROWS
-    m0, m1 = tiles * part // parts * TILE_ROWS, min(m_count, tiles * (part + 1) // parts * TILE_ROWS)
+    r = _outer_at(record)
+    tiles = (r.m_count + TILE_ROWS - 1) // TILE_ROWS
+    m0, m1 = tiles * r.part // r.parts * TILE_ROWS, min(r.m_count, tiles * (r.part + 1) // r.parts * TILE_ROWS)
     if m1 > m0:
-        add_outer_products(COLUMNS, d, d0, d_row, m0, m1, b, places, rows, n_count, c, tile_places, work)
+        add_outer_products(
+            COLUMNS, numbers_at(numbers, r.d), r.d0, r.d_row, m0, m1, numbers_at(numbers, r.b), integers_at(r.places),
+            r.rows, r.n_count, numbers_at(numbers, r.c), integers_at(r.tile_places), numbers_at(numbers, r.work),
+        )  # fmt: skip
+    return DONE
 
 
-@_kernel
-def bias_gradient(source, d, d_row, rows, count, total, part, parts):
+@kernel
+def bias_gradient(numbers, record):
     """Add the sum of D's rows to total (is modified): this part's columns."""
-    d, total = borrowed(d), borrowed(total)
+    r = _bias_at(record)
+    d, total = numbers_at(numbers, r.d), numbers_at(numbers, r.total)
     width = lanes(d)
-    vectors = (count + width - 1) // width
-    for v in range(vectors * part // parts, vectors * (part + 1) // parts):
-        n = count - v * width
+    vectors = (r.count + width - 1) // width
+    for v in range(vectors * r.part // r.parts, vectors * (r.part + 1) // r.parts):
+        n = r.count - v * width
         sums = load(d, v * width, 0)
-        for q in range(rows):
-            sums = sums + load(d, q * d_row + v * width, n)
+        for q in range(r.rows):
+            sums = sums + load(d, q * r.d_row + v * width, n)
         store(total, v * width, load(total, v * width, n) + sums, n)
+    return DONE

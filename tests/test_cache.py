@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fastrnn.kernels import stage
+from fastrnn.kernels import shipped
 
 PROGRAM = """
 import numpy as np
@@ -16,7 +16,7 @@ from fastrnn.kernels import cpu, walk
 one = np.ones((1, 1), np.float32)
 params = {"weight_ih": one, "weight_hh": one}
 output, _, _ = cpu.forward("rnn_relu", np.full((1, 1, 1), 3, np.float32), params, (one,))
-print(float(output[0, 0, 0]), sum(walk.forward_rows.stats.cache_hits.values()))
+print(float(output[0, 0, 0]), sum(walk.forward.stats.cache_hits.values()))
 """
 
 
@@ -33,7 +33,7 @@ def run(folder):
 @pytest.fixture
 def copy(tmp_path):
     """A copy of the package, apart from any installation."""
-    kernels = Path(stage.__file__).parent
+    kernels = shipped.FOLDER.parent
     package = Path(sys.modules["fastrnn"].__file__).parent
     ignore = shutil.ignore_patterns("__pycache__", "kernels")
     shutil.copytree(package, tmp_path / "fastrnn", ignore=ignore)
@@ -98,7 +98,7 @@ def test_warmup_leaves_nothing_to_compile(cell, made, dtypes, tmp_path):
 
 def test_every_source_of_the_kernels_is_watched():
     """The checksum covers each module that walk.py, where the kernels stand, takes code from."""
-    folder = Path(stage.__file__).parent
+    folder = shipped.FOLDER.parent
     # walk.py takes nothing from these
-    others = {"__init__", "cpu", "general", "guard", "ptx", "reference", "threads", "train", "xla"}
-    assert {path.stem for path in folder.glob("*.py")} - others == set(stage.SOURCES)
+    others = "__init__ compiled cpu general guard native ptx reference threads train xla".split()
+    assert {path.stem for path in folder.glob("*.py")} - set(others) == set(shipped.SOURCES)

@@ -5,9 +5,8 @@ import gc
 import numpy as np
 import pytest
 
-from fastrnn import GRU
-from fastrnn.kernels import cpu, guard, stage
-from fastrnn.kernels.walk import OF_A_CALL
+from fastrnn import GRU, LSTM
+from fastrnn.kernels import guard, native, records
 
 pytestmark = pytest.mark.skipif(not guard.ENABLED, reason="FASTRNN_CHECK_CALLS is 0")
 
@@ -20,34 +19,37 @@ def test_the_address_of_an_array_that_has_gone_is_an_error():
     layer, x = GRU(5, 7, seed=0), x_of(6, 2, 5)
     layer(x)
     (plan,) = layer._prepared[0]._plans
-    gone = np.empty(6 * 2 * 4 * 7, np.float32)
-    plan.jobs["tape"] = cpu._address(gone)
-    layer(x)
+    gone = np.arange(2)
+    plan.jobs.records["order"] = records.address(gone)
     del gone
     gc.collect()
-    with pytest.raises(AssertionError, match="tape is the address"):
+    with pytest.raises(AssertionError, match="order is the address"):
         layer(x)
 
 
-def test_an_argument_of_another_type_is_an_error():
-    one = np.zeros(3, np.float32)
-    stage.call(cpu.address, np.dtype(np.float32), stage.SOURCE, one)
-    for other in (one[None], one.astype(np.float64), 3):
-        with pytest.raises(AssertionError, match="argument 1 of address is"):
-            stage.call(cpu.address, np.dtype(np.float32), stage.SOURCE, other)
+def test_anything_but_the_address_of_a_record_is_an_error():
+    kernel = native.find("checksum", np.dtype(np.float32))
+    for other in (np.zeros(3, np.float32), None, 3.0, np.int64(3)):
+        with pytest.raises(AssertionError, match="checksum is called with"):
+            kernel.function(*kernel.prefix, other)
 
 
-@pytest.mark.parametrize(
-    "options", [{"recompute": True}, {"lengths": [6, 2]}, {"reset": np.eye(6, 2) > 0}, {}], ids=str
-)
+OPTIONS = [{"recompute": True}, {"lengths": [6, 2]}, {"reset": np.eye(6, 2) > 0}, {}]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(options) or "plain")
 def test_a_plan_that_is_kept_names_no_array_of_a_call(options):
     layer, x = GRU(5, 7, seed=0), x_of(6, 2, 5)
     output, _, tape = layer.forward(x, **options)
     layer.backward(tape, output)
     layer(x)
-    for plan in layer._prepared[0]._plans:
-        for name in OF_A_CALL:
-            assert not plan.jobs[name].any(), name
+    (prepared,) = layer._prepared
+    kept = [(plan, records.OF_A_CALL) for plan in prepared._plans]
+    kept += [(plan, records.OF_A_BACK_CALL) for plan in prepared.back_plans]
+    assert kept
+    for plan, names in kept:
+        for name in names:
+            assert not plan.jobs.records[name].any(), name
 
 
 def test_calls_after_recompute_write_into_no_memory_that_was_freed():
@@ -62,9 +64,12 @@ def test_calls_after_recompute_write_into_no_memory_that_was_freed():
         assert layer.step(x[0])[0].tobytes() == expected_step.tobytes()
 
 
-def test_arrays_that_differ_in_flags_are_one_type():
-    """As the process's first call of a kernel, too: a tuple with one read-only array in it."""
-    first, second = np.zeros((1, 2), np.float32), np.zeros((1, 2), np.float32)
-    second.flags.writeable = False
-    types_of = [stage._of_any_flags(stage.typeof(pair)) for pair in ((first, second), (second, first), (first, first))]
-    assert types_of[0] == types_of[1] == types_of[2]
+@pytest.mark.parametrize("read_only", [0, 1])
+def test_states_that_differ_in_flags(read_only):
+    """A kernel has one form, whatever it is given."""
+    layer, x = LSTM(5, 7, seed=0), x_of(6, 2, 5)
+    state = np.ones((1, 2, 7), np.float32), np.ones((1, 2, 7), np.float32)
+    expected = layer(x, state)[0].tobytes()
+    state[read_only].flags.writeable = False
+    for _ in range(2):
+        assert layer(x, state)[0].tobytes() == expected

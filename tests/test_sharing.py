@@ -10,8 +10,9 @@ from numba import njit
 
 from calm import others_hold_cores
 from fastrnn import GRU, LSTM, RNN, functional
-from fastrnn.kernels import barrier, cpu, threads
-from fastrnn.kernels.simd import borrowed
+from fastrnn.kernels import barrier, cpu, meeting, threads
+from fastrnn.kernels.records import address
+from fastrnn.kernels.simd import integers_at
 from fastrnn.testing import problem
 
 
@@ -130,23 +131,39 @@ def test_a_new_number_of_threads_counts_from_the_next_call_on(shared):
 
 
 @njit(nogil=True)
-def meet(sync, part, parts, n):
-    return barrier.meet(borrowed(sync), part, parts, n)
+def _meet(sync, part, parts, n):
+    return meeting.meet(integers_at(sync), part, parts, n)
 
 
 @njit(nogil=True)
+def _join(sync):
+    return meeting.join(integers_at(sync))
+
+
+@njit(nogil=True)
+def _invite(sync, parts, s):
+    return meeting.invite(integers_at(sync), parts, s)
+
+
+@njit(nogil=True)
+def _close(sync):
+    meeting.close(integers_at(sync))
+
+
+def meet(sync, *numbers):
+    return _meet(address(sync), *numbers)
+
+
 def join(sync):
-    return barrier.join(borrowed(sync))
+    return _join(address(sync))
 
 
-@njit(nogil=True)
-def invite(sync, parts, s):
-    return barrier.invite(borrowed(sync), parts, s)
+def invite(sync, *numbers):
+    return _invite(address(sync), *numbers)
 
 
-@njit(nogil=True)
 def close(sync):
-    barrier.close(borrowed(sync))
+    _close(address(sync))
 
 
 def test_nobody_is_invited_before_all_have_come():
