@@ -68,24 +68,31 @@ def threads() -> str:
     return f"{fastrnn.get_num_threads()} of {os.cpu_count()} processors ({why})"
 
 
-def cache_folder() -> Path:
-    """Where Numba keeps the compiled kernels."""
+def cache_folder() -> Path | None:
+    """Where the compiled kernels are kept; None where no folder can be written to."""
     from fastrnn.kernels import cpu
 
-    return Path(cpu.describe()["cache"])
+    folder = cpu.describe()["cache"]
+    return None if folder is None else Path(folder)
 
 
 def cache_files() -> list[Path]:
     """The files of compiled kernels, and nothing else that Numba may have put beside them."""
     from fastrnn import kernels
 
-    modules = [path.stem for folder in kernels.__path__ for path in Path(folder).glob("*.py")]
-    found = (cache_folder().glob(f"{module}.*.nb[ic]") for module in modules)  # indices and compiled code
+    folder = cache_folder()
+    if folder is None:
+        return []
+    modules = [path.stem for place in kernels.__path__ for path in Path(place).glob("*.py")]
+    # Compiled code, what Numba itself kept before, and what a process was writing when it was killed.
+    found = (folder.glob(f"{module}.*.nb[ic]{end}") for module in modules for end in ("", ".tmp.*"))
     return sorted(path for files in found for path in files)
 
 
 def cache() -> str:
     """Folder, number and size of the compiled kernels."""
+    if cache_folder() is None:
+        return "none: no folder can be written to (NUMBA_CACHE_DIR may name one)"
     sizes = [path.stat().st_size for path in cache_files()]
     return f"{cache_folder()}, {len(sizes)} files, {sum(sizes) / 1e6:.1f} MB"
 

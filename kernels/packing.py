@@ -6,11 +6,11 @@ How they are packed is told in :mod:`fastrnn.kernels.product`.
 from __future__ import annotations
 
 from llvmlite import ir
-from numba import njit
 from numba.core import cgutils, types
 from numba.extending import intrinsic, register_jitable
 
 from fastrnn.kernels import simd
+from fastrnn.kernels.cached import kernel
 from fastrnn.kernels.product import VECTORS, clear
 from fastrnn.kernels.simd import INT32, INT64, address_of, borrowed, lanes, load, store
 
@@ -93,7 +93,7 @@ def _pack_bias(bias, blocks, slot, slots, hidden, units, packed):
             packed[(panel * slots + slot + g) * panel_units + j] += bias[blocks[g] * hidden + unit]
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@kernel
 def pack_stage(source, x, x_count, x_blocks, h, h_count, h_blocks, bias_x, bias_h, slots, hidden, units, wx, wh, bias):
     """Pack a stage's weights (flat: x [., x_count], h [., h_count]) and biases (empty where there are none).
 
@@ -110,7 +110,7 @@ def pack_stage(source, x, x_count, x_blocks, h, h_count, h_blocks, bias_x, bias_
         _pack_bias(bias_h, h_blocks, slots - len(h_blocks), slots, hidden, units, bias)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@kernel
 def pack_columns(source, weight, columns, blocks, block_rows, packed):
     """Pack `weight` [., N] (flat) as [panel][K][column], where K runs over the rows of `blocks`, into `packed` (is
     modified).
@@ -198,13 +198,13 @@ def checksum(typingctx, pointers, counts):
     return types.int64(pointers, counts), emit
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@kernel
 def checksum_of(source, a, b, c, d, e):
     """Of five arrays; see `checksum`."""
     return checksum(borrowed((a, b, c, d, e)), (a.size, b.size, c.size, d.size, e.size))
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@kernel
 def address(source, array):
     """Where an array's numbers are: 0 for an empty one."""
     return address_of(array) if array.size > 0 else 0

@@ -15,10 +15,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 from numba.extending import register_jitable
 
 from fastrnn.kernels.barrier import LEAVE, TOGETHER, close, invite, join, meet
+from fastrnn.kernels.cached import kernel as _kernel
 from fastrnn.kernels.cells import TAPE_OF_C
 from fastrnn.kernels.packing import checksum
 from fastrnn.kernels.product import VECTORS, add_outer_products, clear, multiply, panels_together, rows_in_tile
@@ -41,8 +41,6 @@ ROWS = 48  # rows whose gate sums are under way at a time: they stay in the firs
 AHEAD_ALONE = 4  # steps whose products with x a thread makes ahead that may soon share the work
 COLUMNS = tuple(range(VECTORS))  # of a panel in a plain product
 TILE_ROWS = rows_in_tile(VECTORS)
-
-_kernel = njit(cache=True, nogil=True, error_model="numpy")
 
 
 class Sizes(NamedTuple):
