@@ -146,8 +146,10 @@ class KernelCache(caching._Cache):
 
 def _first_choice(function) -> list[Place]:
     """The folder that Numba would take if it could be written to: an image may have been filled, and then closed."""
-    wanted = caching.UserProvidedCacheLocator if config.CACHE_DIR else caching.InTreeCacheLocator
-    return [Place(function, wanted(function, function.__code__.co_filename).get_cache_path())]
+    file = Path(function.__code__.co_filename)
+    if config.CACHE_DIR:
+        return [Place(function, Path(config.CACHE_DIR, caching._CacheLocator.get_suitable_cache_subpath(str(file))))]
+    return [Place(function, file.parent / "__pycache__")]
 
 
 # Each gives the places, for one function, that are read after its own and never written to.
