@@ -99,10 +99,10 @@ def cache() -> str:
 
 def gpu() -> str:
     """The GPU that `backend="cuda"` would use, or why there is none."""
-    from fastrnn.kernels.cuda.device import get_device
+    from fastrnn.kernels.cuda import device as gpus
 
     try:
-        device = get_device()
+        device = gpus.get_device()
     except (ImportError, RuntimeError) as error:
         return f"none ({str(error).rstrip('.')})"
     return "{} (compute capability {}.{})".format(device.name, *device.capability)

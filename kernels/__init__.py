@@ -9,7 +9,7 @@ its set-up: plans, buffers, shares of work    :mod:`fastrnn.kernels.cpu`
 products with packed weights                  :mod:`fastrnn.kernels.product`
 packing weights, noticing that they changed   :mod:`fastrnn.kernels.packing`
 exp, sigmoid, tanh of a vector; CPU features  :mod:`fastrnn.kernels.simd`
-a cell as an argument of a kernel; caching    :mod:`fastrnn.kernels.stage`
+a cell as an argument of a kernel             :mod:`fastrnn.kernels.stage`
 splitting a pass over threads                 :mod:`fastrnn.kernels.threads`
 threads that meet at every step               :mod:`fastrnn.kernels.barrier`
 the same in plain NumPy, to read and compare  :mod:`fastrnn.kernels.reference`
@@ -18,6 +18,8 @@ what training needs besides: CTC, sums        :mod:`fastrnn.kernels.train`
 a function for XLA to call                    :mod:`fastrnn.kernels.xla`
 everything on an NVIDIA GPU                   :mod:`fastrnn.kernels.cuda`, which has such a table of its own
 the few instructions that only a GPU has      :mod:`fastrnn.kernels.ptx`
+compiled kernels on disk                      :mod:`fastrnn.kernels.cached`
+importing all of this in the middle of a call :mod:`fastrnn.kernels.loading`
 ============================================  =================================================
 
 Letters
@@ -49,3 +51,9 @@ A backend (``cpu``, ``reference``, an object of ``cuda``) has three functions, f
   each. That is the previous h, and r h for the candidate of gru_reset_before. CUDA has none.
 * The tape refers to x, params and output. Backward only reads it, and may run any number of times.
 """
+
+from fastrnn.kernels.loading import attribute
+
+
+def __getattr__(name):
+    return attribute(__name__, name)

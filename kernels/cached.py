@@ -27,14 +27,21 @@ from numba.core import caching, compiler, config, sigutils
 from numba.core.ccallback import CFunc
 from numba.core.serialize import dumps
 
+from fastrnn.kernels.loading import uninterrupted
+
 SUFFIX = ".nbc"
 SEAL_BYTES = hashlib.sha256().digest_size
 
 
 def kernel(function):
-    """Numba's dispatcher of a function of this package, compiled where it is called without the interpreter's lock."""
+    """Numba's dispatcher of a function of this package, compiled when it is called, without the interpreter's lock.
+
+    Signals wait meanwhile. Numba goes on with generators where it was at the last compilation, and one that ends by an
+    exception, as Ctrl-C's, makes all later ones fail; and what a handler raises when LLVM calls Python is lost.
+    """
     dispatcher = njit(nogil=True, error_model="numpy")(function)
     dispatcher._cache = KernelCache(function)
+    dispatcher.compile = uninterrupted()(dispatcher.compile)
     return dispatcher
 
 
@@ -44,7 +51,8 @@ def callback(signature):
     def compiled(function):
         made = CFunc(function, sigutils.normalize_signature(signature), locals={}, options={})
         made._cache = KernelCache(function)
-        made.compile()
+        with uninterrupted():
+            made.compile()
         return made
 
     return compiled
@@ -134,10 +142,12 @@ class KernelCache(caching._Cache):
         try:
             self.own.folder.mkdir(parents=True, exist_ok=True)
             self.own.save(self._key(sig, data.codegen), data._reduce())
-        except Exception as error:
+        except OSError as error:
             # Windows does not let a file be replaced while somebody reads it, who then has one just as good.
             if os.name != "nt" or not isinstance(error, PermissionError):
                 _warn(error)
+        except Exception:  # Numba may not have the machine code any more, and nobody could do anything
+            pass
 
     @staticmethod
     def _key(sig, codegen):

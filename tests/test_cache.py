@@ -63,7 +63,7 @@ def test_every_source_of_the_kernels_is_watched():
     """The checksum covers each module that walk.py, where the kernels stand, takes code from."""
     folder = Path(stage.__file__).parent
     # walk.py takes nothing from these
-    others = {"__init__", "cached", "cpu", "general", "ptx", "reference", "threads", "train", "xla"}
+    others = {"__init__", "cached", "cpu", "general", "loading", "ptx", "reference", "threads", "train", "xla"}
     assert {path.stem for path in folder.glob("*.py")} - others == set(stage.SOURCES)
 
 
@@ -163,6 +163,17 @@ def test_a_full_disk_warns_once_and_leaves_no_half_file(folder, monkeypatch):
     with pytest.warns(RuntimeWarning, match=r"NUMBA_CACHE_DIR.*no space left") as warned:
         assert [call(function, 2) for function in (double, triple)] == [(4, False), (6, False)]
     assert len(warned) == 1
+    assert kept(folder) == []
+
+
+def test_what_numba_cannot_hand_over_is_not_kept(folder, monkeypatch):
+    """After an exception in the middle of LLVM's work it has the function, and not its machine code."""
+
+    def reduce(self):
+        raise RuntimeError("no compiled object yet")
+
+    monkeypatch.setattr(cached.compiler.CompileResult, "_reduce", reduce)
+    assert call(double, 2) == (4, False)
     assert kept(folder) == []
 
 

@@ -23,6 +23,7 @@ import numba
 
 from fastrnn.kernels.cached import write_whole
 from fastrnn.kernels.cuda.text import Kernel
+from fastrnn.kernels.loading import uninterrupted
 
 HINT = "pip install 'fastrnn[cuda13]' (for drivers from 580 on), or 'fastrnn[cuda12]'"
 
@@ -57,10 +58,11 @@ def compile_kernel(kernel: Kernel, capability: tuple[int, int]) -> Compiled:
 
 
 def _compile(kernel: Kernel, capability: tuple[int, int]) -> Compiled:
-    from numba import cuda
-    from numba.cuda.cudadrv.error import NvvmSupportError
+    with uninterrupted():
+        from numba import cuda
+        from numba.cuda.cudadrv.error import NvvmSupportError
 
-    from fastrnn.kernels import ptx
+        from fastrnn.kernels import ptx
 
     function, signature = kernel.make(ptx, *kernel.constants), numba.void(*map(_type, kernel.arguments))
     options = {"debug": False, "opt": True, "fastmath": False, "device": False}
@@ -91,7 +93,8 @@ def _named(text: str, name: str) -> str:
 
 
 def _assemble(text: str, entry: str, capability: tuple[int, int]) -> Compiled:
-    from cuda.core import Linker, LinkerOptions, ObjectCode
+    with uninterrupted():
+        from cuda.core import Linker, LinkerOptions, ObjectCode
 
     options = LinkerOptions(arch="sm_{}{}".format(*capability), ptxas_options=["-v"])
     linker = Linker(ObjectCode.from_ptx(text.encode()), options=options)
