@@ -23,20 +23,24 @@ __all__ = ["GRU", "LSTM", "RNN", "functional", "get_num_threads", "load", "set_n
 def set_num_threads(number: int) -> None:
     """Set how many threads a layer may use, in the whole process. The results have the same bits for any number.
 
+    Every thread that takes part in a pass rounds as its caller's does, and makes zeros of denormal numbers if that one
+    does (after `torch.set_flush_denormal(True)`, say). Where the system starts no more threads, fewer take part. Idle
+    threads beyond a smaller number end.
+
     Until then it is the environment variable FASTRNN_NUM_THREADS; without it, where `fastrnn.torch` is imported, what
     ``torch.get_num_threads()`` says at each call; else the number of cores.
 
     Parameters
     ----------
     number : int
-        1 or more.
+        From 1 to 4096.
 
     Raises
     ------
     TypeError
         If `number` is not an integer.
     ValueError
-        If `number` is less than 1.
+        If `number` is less than 1 or more than 4096.
 
     Examples
     --------
@@ -49,6 +53,8 @@ def set_num_threads(number: int) -> None:
     number = functional.check_integer("number", number, 1)
     from fastrnn.kernels import threads
 
+    if number > threads.MOST:
+        raise ValueError(f"number is {number}, expected an integer from 1 to {threads.MOST}")
     threads.set_num_threads(number)
 
 

@@ -80,14 +80,27 @@ def clear_cache(options: argparse.Namespace) -> int:
     from fastrnn import machine
     from fastrnn.kernels.cuda import compiled
 
-    files, cubins = machine.cache_files(), compiled.cache_files()
-    for file in files + cubins:
-        file.unlink(missing_ok=True)
-    print(f"Removed {len(files)} files of compiled kernels from {machine.cache_folder()}")
+    found, cubins = machine.cache_files(), compiled.cache_files()
+    kept = {file: error for file in found + cubins if (error := _remove(file))}
+    files, cubins = ([file for file in some if file not in kept] for some in (found, cubins))
+    folder = machine.cache_folder()
+    where = f"from {folder}" if folder else "(none are kept: no folder can be written to)"
+    print(f"Removed {len(files)} files of compiled kernels {where}")
     if cubins:
         folders = ", ".join(sorted({str(file.parent) for file in cubins}))
         print(f"Removed {len(cubins)} kernels for GPUs from {folders}")
-    return 0
+    for error in kept.values():
+        print(f"python -m fastrnn clear-cache: {error}", file=sys.stderr)
+    return 1 if kept else 0
+
+
+def _remove(file: Path) -> OSError | None:
+    """Remove a file, or return why it cannot be."""
+    try:
+        file.unlink(missing_ok=True)
+    except OSError as error:
+        return error
+    return None
 
 
 def parser() -> argparse.ArgumentParser:

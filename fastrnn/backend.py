@@ -1,6 +1,5 @@
 """The backends by name, with the same ``forward``, ``backward`` and ``prepare``, imported when first used."""
 
-import importlib
 from typing import Any
 
 NAMES = ("cpu", "reference", "cuda")
@@ -65,10 +64,9 @@ def load(name: str | None = None) -> Any:
     module = _loaded.get(name) if type(name) is str else None
     if module is None:
         name = check(name)
-        if name.startswith("cuda"):
-            module = importlib.import_module("fastrnn.kernels.cuda.backend").backend(name)
-        else:
-            module = importlib.import_module(f"fastrnn.kernels.{name}")
+        from fastrnn import kernels
+
+        module = kernels.cuda.backend.backend(name) if name.startswith("cuda") else getattr(kernels, name)
         _loaded[name] = module
     return module
 
@@ -84,9 +82,9 @@ def is_on_gpu(value: Any) -> bool:
     """
     if type(value).__module__.partition(".")[0] in ("numpy", "builtins") or not hasattr(value, "shape"):
         return False
-    from fastrnn.kernels.cuda.arrays import is_on_gpu
+    from fastrnn.kernels.cuda import arrays
 
-    return is_on_gpu(value)
+    return arrays.is_on_gpu(value)
 
 
 def _names() -> str:

@@ -68,34 +68,41 @@ def threads() -> str:
     return f"{fastrnn.get_num_threads()} of {os.cpu_count()} processors ({why})"
 
 
-def cache_folder() -> Path:
-    """Where Numba keeps the compiled kernels."""
+def cache_folder() -> Path | None:
+    """Where the compiled kernels are kept; None where no folder can be written to."""
     from fastrnn.kernels import compiled
 
-    return Path(compiled.cache_folder())
+    folder = compiled.cache_folder()
+    return None if folder is None else Path(folder)
 
 
 def cache_files() -> list[Path]:
     """The files of compiled kernels, and nothing else that Numba may have put beside them."""
     from fastrnn import kernels
 
-    modules = [path.stem for folder in kernels.__path__ for path in Path(folder).glob("*.py")]
-    found = (cache_folder().glob(f"{module}.*.nb[ic]") for module in modules)  # indices and compiled code
+    folder = cache_folder()
+    if folder is None:
+        return []
+    modules = [path.stem for place in kernels.__path__ for path in Path(place).glob("*.py")]
+    # Compiled code, what Numba itself kept before, and what a process was writing when it was killed.
+    found = (folder.glob(f"{module}.*.nb[ic]{end}") for module in modules for end in ("", ".tmp.*"))
     return sorted(path for files in found for path in files)
 
 
 def cache() -> str:
     """Folder, number and size of the compiled kernels."""
+    if cache_folder() is None:
+        return "none: no folder can be written to (NUMBA_CACHE_DIR may name one)"
     sizes = [path.stat().st_size for path in cache_files()]
     return f"{cache_folder()}, {len(sizes)} files, {sum(sizes) / 1e6:.1f} MB"
 
 
 def gpu() -> str:
     """The GPU that `backend="cuda"` would use, or why there is none."""
-    from fastrnn.kernels.cuda.device import get_device
+    from fastrnn.kernels.cuda import device as gpus
 
     try:
-        device = get_device()
+        device = gpus.get_device()
     except (ImportError, RuntimeError) as error:
         return f"none ({str(error).rstrip('.')})"
     return "{} (compute capability {}.{})".format(device.name, *device.capability)

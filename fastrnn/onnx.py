@@ -166,8 +166,9 @@ class Operator:
 
     def _read_activations(self, names: list[str], alpha: Any, beta: Any) -> tuple[tuple[Any, ...], ...]:
         """Return each direction's activations with their numbers, which only those take that have one."""
-        from fastrnn.kernels.general import ACTIVATIONS, Activation
+        from fastrnn.kernels import general
 
+        ACTIVATIONS, Activation = general.ACTIVATIONS, general.Activation
         count = len(_DEFAULTS[self.op_type])
         if len(names) != count * self.num_directions:
             wanted = f"{count} for {self.op_type}" + (" in each of two directions" if self.num_directions == 2 else "")

@@ -6,18 +6,25 @@ Where the kernel for X is
 a cell's formula, forward and backward        :mod:`fastrnn.kernels.cells`, written once for all targets
 the walk through time on the CPU              :mod:`fastrnn.kernels.walk`
 its set-up: plans, buffers, shares of work    :mod:`fastrnn.kernels.cpu`
+what a kernel is called with                  :mod:`fastrnn.kernels.records`; looked at by :mod:`~fastrnn.kernels.guard`
+a kernel by its name                          :mod:`fastrnn.kernels.native`
+... from the machine code in the package      :mod:`fastrnn.kernels.shipped`
+... or compiled on the spot                   :mod:`fastrnn.kernels.compiled`, :mod:`~fastrnn.kernels.lean`
 products with packed weights                  :mod:`fastrnn.kernels.product`
 packing weights, noticing that they changed   :mod:`fastrnn.kernels.packing`
-exp, sigmoid, tanh of a vector; CPU features  :mod:`fastrnn.kernels.simd`
-a cell as an argument of a kernel; caching    :mod:`fastrnn.kernels.stage`
+exp, sigmoid, tanh of a vector                :mod:`fastrnn.kernels.simd`
+CPU features, and what is cut to them         :mod:`fastrnn.kernels.tiles`
+a cell as an argument of a kernel             :mod:`fastrnn.kernels.stage`
 splitting a pass over threads                 :mod:`fastrnn.kernels.threads`
-threads that meet at every step               :mod:`fastrnn.kernels.barrier`
+threads that meet at every step               :mod:`fastrnn.kernels.barrier`, :mod:`~fastrnn.kernels.meeting`
 the same in plain NumPy, to read and compare  :mod:`fastrnn.kernels.reference`
 ONNX's operators with all their attributes    :mod:`fastrnn.kernels.general`, in NumPy
 what training needs besides: CTC, sums        :mod:`fastrnn.kernels.train`
 a function for XLA to call                    :mod:`fastrnn.kernels.xla`
 everything on an NVIDIA GPU                   :mod:`fastrnn.kernels.cuda`, which has such a table of its own
 the few instructions that only a GPU has      :mod:`fastrnn.kernels.ptx`
+compiled kernels on disk                      :mod:`fastrnn.kernels.cached`
+importing all of this in the middle of a call :mod:`fastrnn.kernels.loading`
 ============================================  =================================================
 
 Letters
@@ -49,3 +56,9 @@ A backend (``cpu``, ``reference``, an object of ``cuda``) has three functions, f
   each. That is the previous h, and r h for the candidate of gru_reset_before. CUDA has none.
 * The tape refers to x, params and output. Backward only reads it, and may run any number of times.
 """
+
+from fastrnn.kernels.loading import attribute
+
+
+def __getattr__(name):
+    return attribute(__name__, name)

@@ -9,8 +9,8 @@ from fastrnn.kernels.cells import CELLS
 from fastrnn.kernels.stage import NumbersType, StageType
 
 
-def cache_folder() -> str:
-    """Where Numba keeps what it has compiled."""
+def cache_folder() -> str | None:
+    """Where what is compiled is kept; None where no folder can be written to."""
     return walk.forward.stats.cache_path
 
 

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import inspect
 
-from numba import extending, njit
+from numba import extending
 from numba.core import compiler
 from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler_machinery import AnalysisPass, register_pass
 from numba.core.typed_passes import AnnotateTypes
+
+from fastrnn.kernels import cached
 
 _CHEAP = {"loop_vectorize": False, "slp_vectorize": False, "opt": 0, "cost": "cheap"}
 
@@ -122,9 +124,5 @@ def register_jitable(function):
 
 
 def kernel(function):
-    """A function that runs without the interpreter's lock, and whose machine code is kept between processes.
-
-    Never ``fastmath``: NaN and infinity are what they are. Python's own division looks for zeros, at ten times the
-    cost.
-    """
-    return njit(cache=True, nogil=True, error_model="numpy", **KERNEL)(function)
+    """As :func:`fastrnn.kernels.cached.kernel`, for a function that calls many."""
+    return cached.kernel(function, **KERNEL)

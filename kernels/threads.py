@@ -24,6 +24,7 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 
 REST_SECONDS = (0.0005, 0.1)  # after a thread did not get a core: at first, and at most
+MOST = 4096  # threads: a larger number is a mistake, and would take the system with it
 POLL_SECONDS = 1e-4  # of looking whether the others are through, before going to sleep
 LATE_SECONDS = 1e-3  # threads that are woken come in a fifth of it where there is a core for them
 
@@ -60,9 +61,10 @@ def _read_variable() -> int | None:
     text = os.environ.get("FASTRNN_NUM_THREADS")
     if text is None:
         return None
-    if not text.strip().isdecimal() or int(text) < 1:
-        raise ValueError(f"FASTRNN_NUM_THREADS must be a whole number of at least 1, got {text!r}")
-    return int(text)
+    digits = text.strip().lstrip("0")
+    if not digits.isdecimal() or len(digits) > len(str(MOST)) or int(digits) > MOST:
+        raise ValueError(f"FASTRNN_NUM_THREADS must be a whole number from 1 to {MOST}, got {text[:40]!r}")
+    return int(digits)
 
 
 def _find_getcpu():
@@ -76,14 +78,47 @@ def _find_getcpu():
 _getcpu = _find_getcpu()
 
 
+def _find_environment():
+    """The C library's functions that read and set how this thread's floating-point numbers are rounded and flushed."""
+    for name in (None, "libm.so.6", "ucrtbase"):
+        with contextlib.suppress(AttributeError, OSError, TypeError):
+            library = ctypes.PyDLL(name)  # which keeps the interpreter's lock: they take nanoseconds
+            return library.fegetenv, library.fesetenv
+    return None
+
+
+_environment = _find_environment()
+
+
+class _Environment:
+    """A thread's floating-point environment: the rounding mode, and whether denormal numbers become zero.
+
+    Another library may have set it, for its own thread. The parts of a pass must not differ in it, or the bits would
+    depend on who has done what.
+    """
+
+    def __init__(self):
+        self.state = ctypes.create_string_buffer(64)  # C's fenv_t has up to 32 bytes
+
+    def read(self):
+        """Take this thread's."""
+        if _environment:
+            _environment[0](self.state)
+
+    def set(self):
+        """Make it this thread's."""
+        if _environment:
+            _environment[1](self.state)
+
+
 class _Task:
     """A part of a call. Whoever first says that it is his does it: the helper that was handed it, or the caller.
 
     All of it can be asked again with the same answer: a caller who is interrupted at any point goes on asking.
     """
 
-    def __init__(self, part, p, parts):
-        self.part, self.p, self.parts = part, p, parts
+    def __init__(self, part, p, parts, environment):
+        self.part, self.p, self.parts, self.environment = part, p, parts, environment
         self.owner: dict = {}
         self.finished = False
         self.bell: SimpleQueue = SimpleQueue()  # threading's Event may stay locked after an interrupt
@@ -112,7 +147,10 @@ class _Helper:
         self.number = threading.get_native_id()
         while True:
             task = self.tasks.get()
+            if task is None:
+                return
             if task.belongs_to(self):
+                task.environment.set()
                 task.run()
                 if _getcpu:
                     self.processor = _getcpu()
@@ -136,18 +174,33 @@ class _Own:
 
     def __init__(self):
         self.helpers: list[_Helper] = []
+        self.rest = _Rest()  # from starting more of them
+
+    def grow(self, count):
+        """Start helpers until there are so many, or as many as the system allows."""
+        try:
+            while len(self.helpers) < count and self.rest.is_over():
+                self.helpers.append(_Helper())
+        except (RuntimeError, MemoryError):  # can't start new thread
+            self.rest.note(False)
+
+    def shrink(self, count):
+        """Let those beyond so many end."""
+        while len(self.helpers) > count:
+            self.helpers.pop().tasks.put(None)
 
     def begin(self, tasks):
-        """Hand them out, none to a helper that was last seen on this thread's processor."""
-        while len(self.helpers) < len(tasks):
-            self.helpers.append(_Helper())
+        """Hand them out, none to a helper that was last seen on this thread's processor. The caller does those for
+        which there is no helper.
+        """
+        self.grow(len(tasks))
         helpers = self.helpers[: len(tasks)]
         if _getcpu:
             here = _getcpu()
             for helper in helpers:
                 if helper.processor == here:
                     helper.keep_off(here)
-        for helper, task in zip(helpers, tasks, strict=True):
+        for helper, task in zip(helpers, tasks, strict=False):
             helper.tasks.put(task)
 
     def end(self, tasks):
@@ -184,12 +237,22 @@ class _Borrowed:
         self.finish.argtypes, self.finish.restype = [], None
         self.region = region(self._work)
         self.rest = _Rest()
+        self.had = threading.local()  # GNU's OpenMP has other threads for each that calls it
         self.tasks: list[_Task] = []
         self.last_end = 0.0
 
     def can_run(self, parts) -> bool:
         """Whether they are so many, came in time the last time, and do not wait for the end of a region already."""
-        return parts <= self.count() and self.rest.is_over() and not self.level()
+        return parts <= self.count() and self.rest.is_over() and not self.level() and self._can_be_had()
+
+    def _can_be_had(self) -> bool:
+        """Whether they are there, or can be started: GNU's OpenMP ends the process where it cannot start one."""
+        count, had = self.count(), getattr(self.had, "count", 1)
+        if count > had and not _can_start(count - had):
+            self.rest.note(False)
+            return False
+        self.had.count = count
+        return True
 
     def begin(self, tasks):
         self.tasks, parts, count = tasks, len(tasks) + 1, self.count()
@@ -199,7 +262,11 @@ class _Borrowed:
         """What each of the others does. Nothing is raised here: signals are the main thread's."""
         task = self.tasks[self.thread_number() - 1]
         if task.belongs_to(self):
+            before = _Environment()
+            before.read()
+            task.environment.set()
             task.run()
+            before.set()  # the thread is another library's
             task.finished = True
             self.last_end = time.perf_counter()
 
@@ -227,6 +294,27 @@ class _Borrowed:
         self.rest.note(time.perf_counter() < max(begin, self.last_end) + LATE_SECONDS)
 
 
+def _can_start(count: int) -> bool:
+    """Whether so many more threads can be started, by doing so. They have ended when this does."""
+    gate, started = SimpleQueue(), []
+    try:
+        for _ in range(count):
+            thread = threading.Thread(target=gate.get, name="fastrnn-trial", daemon=True)
+            thread.start()
+            started.append(thread)
+    except (RuntimeError, MemoryError):
+        return False
+    finally:
+        for _ in started:
+            gate.put(None)
+        until = time.monotonic() + 0.1
+        for thread in started:
+            thread.join()
+            while os.path.exists(f"/proc/self/task/{thread.native_id}") and time.monotonic() < until:
+                _yield()  # the system counts it a little longer than Python
+    return True
+
+
 class _Rest:
     """From what has failed for want of a core: the more often that happens, the longer."""
 
@@ -252,6 +340,7 @@ class _Pool:
         self.taken_by: dict = {}
         self.own = _Own()
         self.rest = _Rest()  # from sharing
+        self.environment = _Environment()  # of who has taken it
 
     @contextlib.contextmanager
     def taken(self):
@@ -265,6 +354,7 @@ class _Pool:
         try:
             yield True
         finally:
+            self.own.shrink(get_num_threads() - 1)
             self.taken_by.pop("thread", None)
 
     def run(self, part, parts, needed=True) -> bool:
@@ -273,7 +363,8 @@ class _Pool:
 
         Returns whether all were through at about the same time.
         """
-        tasks = [_Task(part, p, parts) for p in range(1, parts)]
+        self.environment.read()
+        tasks = [_Task(part, p, parts, self.environment) for p in range(1, parts)]
         team = _borrowed if _borrowed and _borrowed.can_run(parts) else self.own
         errors: list[BaseException] = []
         try:
@@ -351,12 +442,14 @@ def follow(count: Callable[[], int], library: str) -> None:
 def set_num_threads(n: int) -> None:
     """Use at most n threads for a pass, from the next call on, in the whole process.
 
-    Results do not depend on it, to the last bit.
+    Results do not depend on it, to the last bit: every thread of a pass rounds, and flushes denormal numbers to zero,
+    as its caller does, who may have been told so by fesetround or torch.set_flush_denormal. Where the system starts no
+    more threads, a pass runs on those that there are. Threads of our own that are too many end.
 
     Parameters
     ----------
     n : int
-        At least 1. Until it is called: FASTRNN_NUM_THREADS where that is set, else what torch.get_num_threads() says at
+        1 to 4096. Until it is called: FASTRNN_NUM_THREADS where that is set, else what torch.get_num_threads() says at
         each pass once fastrnn.torch has been imported, else the processors that this process may use.
 
     Examples
@@ -371,14 +464,17 @@ def set_num_threads(n: int) -> None:
     global _chosen
     if isinstance(n, bool) or not hasattr(n, "__index__"):
         raise TypeError(f"n must be a whole number, got {type(n).__name__}")
-    if n.__index__() < 1:
-        raise ValueError(f"n must be at least 1, got {n}")
+    if not 1 <= n.__index__() <= MOST:
+        raise ValueError(f"n must be a whole number from 1 to {MOST}, got {n}")
     _chosen = n.__index__()
+    if not _pool.taken_by:  # else whoever has it lets too many threads end when he gives it back
+        with _pool.taken():
+            pass
 
 
 def get_num_threads() -> int:
     """The most threads that a pass uses; see :func:`set_num_threads`."""
-    return _following() if _chosen is None else _chosen
+    return min(_following(), MOST) if _chosen is None else _chosen
 
 
 def run(part: Callable[[int, int], None], parts: int) -> None:

@@ -11,8 +11,9 @@ long path is too small for a number.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 from numba.extending import register_jitable
+
+from fastrnn.kernels.cached import kernel
 
 
 @register_jitable
@@ -78,7 +79,7 @@ def _backward(logs, labels, blank, alpha, beta, next_beta, log_probability, grad
             gradient[t, _symbol(labels, s, blank)] -= np.exp(alpha[t, s] + beta[s] - log_probability)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@kernel
 def ctc(logs, labels, steps, counts, blank, losses, gradient):
     """The losses of a batch, and their gradients with respect to what `logs` are the logarithms of the softmax of.
 
@@ -116,7 +117,7 @@ def ctc(logs, labels, steps, counts, blank, losses, gradient):
             _backward(logs[:, b], own, blank, row, beta, next_beta, log_probability, gradient[:, b])
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@kernel
 def add_rows(labels, rows, total):
     """Add each of `rows` (N, E) to the row of `total` (V, E) (is modified) that `labels` (N,) names, in their order."""
     for n in range(len(labels)):

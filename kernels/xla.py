@@ -14,9 +14,11 @@ import time
 
 import numpy as np
 from llvmlite import binding, ir
-from numba import cfunc, njit
+from numba import njit
 from numba.core import types
 from numba.extending import intrinsic
+
+from fastrnn.kernels import cached
 
 # XLA_FFI_CallFrame, in which XLA_FFI_Args, _Rets and _Attrs stand one behind the other
 FRAME_BYTES, EXTENSION, API, STAGE, ARGS, RETS, ATTRS = 168, 8, 16, 32, 40, 80, 120
@@ -217,7 +219,7 @@ def make_handler(serve) -> ctypes.c_void_p:
     state = np.zeros(2, np.int64)
     binding.add_symbol(SERVE, ctypes.cast(callback, ctypes.c_void_p).value)
     binding.add_symbol(STATE, state.ctypes.data)
-    handler = cfunc(types.int64(types.int64), cache=True)(_handle)
+    handler = cached.callback(types.int64(types.int64))(_handle)
     _kept.extend([callback, state, handler])
     atexit.register(_end, state, os.getpid())
     return ctypes.c_void_p(handler.address)

@@ -1,5 +1,6 @@
 """Compilation for a GPU without one: it gives the same again, and disk keeps it but nothing stale."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -161,6 +162,27 @@ def test_a_damaged_file_is_compiled_anew(damage, compilations, cache):
         assert compiled.compile_kernel(kernel(), (9, 0)) == good
         assert file.read_bytes() == content
     assert len(compilations) == 4
+
+
+def test_another_kernels_file_is_not_taken_for_this_one(compilations, cache):
+    good = compiled.compile_kernel(kernel(), (9, 0))
+    (file,) = cache.iterdir()
+    other = compiled.compile_kernel(kernel("gru"), (9, 0))
+    assert other != good
+    (another,) = set(cache.iterdir()) - {file}
+    file.write_bytes(another.read_bytes())
+    assert compiled.compile_kernel(kernel(), (9, 0)) == good
+    assert len(compilations) == 3
+
+
+def test_a_full_disk_leaves_no_half_file(compilations, cache, monkeypatch):
+    def write_bytes(path, content):
+        path.touch()
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+    monkeypatch.setattr(type(cache), "write_bytes", write_bytes)
+    assert compiled.compile_kernel(kernel(), (9, 0)).cubin
+    assert list(cache.iterdir()) == []
 
 
 def test_a_folder_that_takes_nothing_is_tolerated(compilations, monkeypatch, tmp_path):

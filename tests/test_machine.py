@@ -55,20 +55,32 @@ def test_warmup(monkeypatch, capsys):
 def test_cache_files_are_those_that_a_warmup_leaves():
     fastrnn.warmup(["rnn_tanh"], training=False)
     kinds = {path.suffix for path in machine.cache_files()}
-    assert kinds == {".nbi", ".nbc"}
+    assert kinds == {".nbc"}
     assert all(path.parent == machine.cache_folder() for path in machine.cache_files())
 
 
 def test_clear_cache_removes_compiled_kernels_and_nothing_else(monkeypatch, tmp_path, capsys):
-    ours = ["cpu._forward_rows-115.py311.nbi", "cpu._forward_rows-115.py311.1.nbc"]
+    ours = ["cpu._forward_rows-115.py311.nbi", "cpu._forward_rows-115.py311.1.nbc"]  # Numba's own
+    ours += ["walk.forward_rows.py311.ab.nbc", "walk.forward_rows.py311.ab.nbc.tmp.12"]
     others = ["cpu.cpython-311.pyc", "somebody.f-3.py311.nbi", "cpu.py", "notes.nbi"]
     for name in ours + others:
         (tmp_path / name).write_bytes(b"x")
     monkeypatch.setattr(machine, "cache_folder", lambda: tmp_path)
     monkeypatch.setattr(compiled, "folders", lambda: [tmp_path / "cuda"])
-    assert machine.cache() == f"{tmp_path}, 2 files, 0.0 MB"
+    assert machine.cache() == f"{tmp_path}, 4 files, 0.0 MB"
     assert main(["clear-cache"]) == 0
-    assert capsys.readouterr().out == f"Removed 2 files of compiled kernels from {tmp_path}\n"
+    assert capsys.readouterr().out == f"Removed 4 files of compiled kernels from {tmp_path}\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(others)
     assert main(["clear-cache"]) == 0
     assert "Removed 0 files" in capsys.readouterr().out
+
+
+def test_clear_cache_says_what_it_cannot_remove(monkeypatch, tmp_path, capsys):
+    (tmp_path / "walk.forward_rows.py311.ab.nbc").mkdir()
+    (tmp_path / "walk.forward_rows.py311.cd.nbc").touch()
+    monkeypatch.setattr(machine, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(compiled, "folders", lambda: [tmp_path / "cuda"])
+    assert main(["clear-cache"]) == 1
+    said = capsys.readouterr()
+    assert said.out == f"Removed 1 files of compiled kernels from {tmp_path}\n"
+    assert "ab.nbc" in said.err

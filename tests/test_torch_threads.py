@@ -295,3 +295,51 @@ raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 def test_a_child_that_imports_it_after_the_fork():
     result = subprocess.run([sys.executable, "-c", LATE], capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 0, (result.returncode, result.stderr)
+
+
+# ---- what is PyTorch's stays PyTorch's
+
+
+def test_flush_denormal_holds_for_a_pass_and_no_longer(borrowed):
+    """Each thread computes as the caller does; afterwards PyTorch's threads are as they were."""
+    torch.set_num_threads(4)
+    tiny = torch.full((1_000_000,), 1e-20)
+    assert (tiny * tiny).count_nonzero() == len(tiny)
+
+    def product():
+        time.sleep(0.05)
+        return bool((tiny[:1] * tiny[:1]).view(torch.int32).item())
+
+    def of_each():
+        found = {}
+        threads.run(lambda p, parts: found.setdefault(p, product()), 4)
+        return [found[p] for p in range(4)]
+
+    assert torch.set_flush_denormal(True)
+    try:
+        assert of_each() == [False] * 4
+    finally:
+        torch.set_flush_denormal(False)
+    assert borrowed.begun == 1
+    assert (tiny * tiny).view(torch.int32).count_nonzero() == len(tiny)
+    assert of_each() == [True] * 4
+
+
+TIGHT = """
+import os, resource, torch
+import fastrnn.torch
+from fastrnn.kernels import threads
+torch.set_num_threads(4)
+if os.getuid() == 0:
+    os.setuid(65534)  # root is not limited
+resource.setrlimit(resource.RLIMIT_NPROC, (1, 1))
+done = []
+threads.run(lambda p, parts: done.append(p), 4)
+print(sorted(done))
+"""
+
+
+def test_where_no_thread_can_be_started():
+    """GNU's OpenMP would end the process."""
+    result = subprocess.run([sys.executable, "-c", TIGHT], capture_output=True, text=True, timeout=120, check=False)
+    assert (result.returncode, result.stdout) == (0, "[0, 1, 2, 3]\n"), result.stderr

@@ -34,3 +34,9 @@ A walk gets buffers of all D directions, which are the z axis of its grid; `reve
 * d [D, T, B, slots*H (+ P)]: gradients of the gates, slot behind slot; 0 beyond lengths.
 * lengths [B] int32, reset [T, B] bytes, or None. Kernels know by a flag what is there, and never ask a pointer.
 """
+
+from fastrnn.kernels.loading import attribute
+
+
+def __getattr__(name):
+    return attribute(__name__, name)

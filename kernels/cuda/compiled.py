@@ -11,10 +11,8 @@ import contextlib
 import functools
 import hashlib
 import json
-import os
 import re
 import sys
-import tempfile
 import threading
 from importlib import metadata
 from pathlib import Path
@@ -23,7 +21,9 @@ from typing import NamedTuple
 
 import numba
 
+from fastrnn.kernels.cached import write_whole
 from fastrnn.kernels.cuda.text import Kernel
+from fastrnn.kernels.loading import uninterrupted
 
 HINT = "pip install 'fastrnn[cuda13]' (for drivers from 580 on), or 'fastrnn[cuda12]'"
 
@@ -58,10 +58,11 @@ def compile_kernel(kernel: Kernel, capability: tuple[int, int]) -> Compiled:
 
 
 def _compile(kernel: Kernel, capability: tuple[int, int]) -> Compiled:
-    from numba import cuda
-    from numba.cuda.cudadrv.error import NvvmSupportError
+    with uninterrupted():
+        from numba import cuda
+        from numba.cuda.cudadrv.error import NvvmSupportError
 
-    from fastrnn.kernels import ptx
+        from fastrnn.kernels import ptx
 
     function, signature = kernel.make(ptx, *kernel.constants), numba.void(*map(_type, kernel.arguments))
     options = {"debug": False, "opt": True, "fastmath": False, "device": False}
@@ -92,7 +93,8 @@ def _named(text: str, name: str) -> str:
 
 
 def _assemble(text: str, entry: str, capability: tuple[int, int]) -> Compiled:
-    from cuda.core import Linker, LinkerOptions, ObjectCode
+    with uninterrupted():
+        from cuda.core import Linker, LinkerOptions, ObjectCode
 
     options = LinkerOptions(arch="sm_{}{}".format(*capability), ptxas_options=["-v"])
     linker = Linker(ObjectCode.from_ptx(text.encode()), options=options)
@@ -139,7 +141,7 @@ def folders() -> list[Path]:
 
 def cache_files() -> list[Path]:
     """The cubins that are kept."""
-    return sorted(path for folder in folders() for path in folder.glob(f"*{SUFFIX}"))
+    return sorted(path for folder in folders() for path in folder.glob(f"*{SUFFIX}*"))  # and half ones
 
 
 def _key(kernel: Kernel, capability: tuple[int, int]) -> str:
@@ -172,14 +174,20 @@ def _versions() -> tuple:
     return sys.version_info[:2], tuple(found)
 
 
+def _seal(name: str, compiled: Compiled) -> str:
+    """A checksum of a kernel and of the name under which it is kept: another's file shall not be taken for it."""
+    return hashlib.sha256(repr((name, compiled.entry, compiled.log)).encode() + compiled.cubin).hexdigest()
+
+
 def _read(name: str) -> Compiled | None:
     """What was kept under this name; None where nothing was, or it can't be read, or isn't whole."""
     for folder in folders():
         try:
             head, _, cubin = (folder / name).read_bytes().partition(b"\n")
             said = json.loads(head)
-            if said["sha256"] == hashlib.sha256(cubin).hexdigest():
-                return Compiled(cubin, said["entry"], said["log"])
+            compiled = Compiled(cubin, said["entry"], said["log"])
+            if said["sha256"] == _seal(name, compiled):
+                return compiled
         except (OSError, ValueError, KeyError, TypeError):
             pass
     return None
@@ -187,13 +195,11 @@ def _read(name: str) -> Compiled | None:
 
 def _write(name: str, compiled: Compiled) -> None:
     """Keep it, at once and whole, in the first folder that takes it, if any does."""
-    said = {"sha256": hashlib.sha256(compiled.cubin).hexdigest(), "entry": compiled.entry, "log": compiled.log}
+    said = {"sha256": _seal(name, compiled), "entry": compiled.entry, "log": compiled.log}
     for folder in folders():
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=folder, suffix=SUFFIX, delete=False) as file:
-                file.write(json.dumps(said).encode() + b"\n" + compiled.cubin)
-            os.replace(file.name, folder / name)
+            write_whole(folder / name, json.dumps(said).encode() + b"\n" + compiled.cubin)
         except OSError:
             continue
         return

@@ -27,6 +27,7 @@ from fastrnn.kernels.cuda import libraries
 from fastrnn.kernels.cuda.compiled import HINT, compile_kernel
 from fastrnn.kernels.cuda.products import swapped
 from fastrnn.kernels.cuda.text import Kernel
+from fastrnn.kernels.loading import uninterrupted
 
 LEGACY, PER_THREAD = 1, 2  # the driver's handles of the two default streams
 ON_GPU = (2, 13)  # DLPack's numbers of CUDA's memory: of a device, managed
@@ -478,6 +479,7 @@ def _allocator(library: str | None, ordinal: int):
 
 
 @functools.cache
+@uninterrupted()  # what it imports is large
 def _driver():
     """cuda.bindings.driver, initialised; an error that says what is missing and how to get it."""
     _check_packages()
