@@ -15,16 +15,24 @@ name           shape
 A stack of layers appends ``_l0``, ``_l1`` and so on to them, and ``_reverse`` for the reverse direction.
 """
 
+import errno
 import json
 import os
+import re
 import secrets
+import stat
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import IO, Any, NoReturn
 
 import numpy as np
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 Shape = tuple[int, ...]
 Params = dict[str, np.ndarray]
@@ -1005,15 +1013,95 @@ def _safetensors() -> Any:
 
 @contextmanager
 def replacing(path: str) -> Iterator[IO[bytes]]:
-    """Give a stream to a new file beside `path` that takes its place when all is written, and goes when it is not."""
-    temporary = f"{path}.{secrets.token_hex(8)}.tmp"
+    """Give a stream to a new file beside `path` that takes its place when all is written, and goes when it is not.
+
+    A symbolic link stays one: what it points to is replaced. The new file has the old one's mode and, if the system
+    allows it, its owner. What saves to the same path left behind when they were killed is removed.
+    """
+    target = os.path.realpath(path)
+    old = _status(path)
+    _clear(target)
+    temporary, stream = _begin(target, old)
     try:
-        with open(temporary, "xb") as stream:
+        with stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
-        os.replace(temporary, path)
+            if fcntl is not None:  # while it is locked: nobody takes it for a leftover
+                os.replace(temporary, target)
+        if fcntl is None:  # an open file cannot be replaced there
+            os.replace(temporary, target)
     except BaseException:
-        if os.path.exists(temporary):
+        with suppress(FileNotFoundError):
             os.remove(temporary)
         raise
+
+
+def _status(path: str) -> os.stat_result | None:
+    """Return the status of the file that is to be replaced, None if there is none."""
+    try:
+        old = os.stat(path)
+    except FileNotFoundError:
+        return None
+    if stat.S_ISDIR(old.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+    if not stat.S_ISREG(old.st_mode):
+        raise OSError(errno.EINVAL, "it is a device or a pipe, which a file would take the place of", path)
+    return old
+
+
+def _begin(target: str, old: os.stat_result | None) -> tuple[str, IO[bytes]]:
+    """Make a file beside `target`, locked as long as it is open: after a kill the lock is gone, and tells it."""
+    while True:
+        temporary = f"{target}.{secrets.token_hex(8)}.tmp"
+        mode = 0o666 if old is None else 0o600  # never wider than the old file's, which it gets before any content
+        number = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), mode)
+        stream = os.fdopen(number, "wb")
+        try:
+            if _lock(number, wait=True) and not os.fstat(number).st_nlink:  # another save was faster, and removed it
+                stream.close()
+                continue
+            if old is not None:
+                if hasattr(os, "fchown"):
+                    with suppress(OSError):  # only root gives files away
+                        os.fchown(number, old.st_uid, old.st_gid)
+                os.chmod(temporary, stat.S_IMODE(old.st_mode))
+        except BaseException:
+            stream.close()
+            with suppress(FileNotFoundError):
+                os.remove(temporary)
+            raise
+        return temporary, stream
+
+
+def _clear(target: str) -> None:
+    """Remove the leftovers of saves to `target` that were killed, and none of one that goes on in whatever process."""
+    folder, name = os.path.split(target)
+    own = re.compile(re.escape(name) + r"\.[0-9a-f]{16}\.tmp")
+    with suppress(OSError):  # a folder that cannot be listed is no reason not to save
+        for left in filter(own.fullmatch, os.listdir(folder)):
+            with suppress(OSError):
+                _remove_if_left(os.path.join(folder, left))
+
+
+def _remove_if_left(temporary: str) -> None:
+    if fcntl is None:  # there, what a process has open cannot be removed
+        os.remove(temporary)
+        return
+    number = os.open(temporary, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        if _lock(number, wait=False):
+            os.remove(temporary)
+    finally:
+        os.close(number)
+
+
+def _lock(number: int, wait: bool) -> bool:
+    """Lock an open file, and return whether that was possible: not every file system can."""
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        return False
+    return True
