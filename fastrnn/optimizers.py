@@ -37,7 +37,10 @@ def check_number(
     """
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.integer, np.floating)):
         raise TypeError(f"{name} is a {type(value).__name__}, expected a number")
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
     too_low = number <= low if above else number < low
     too_high = number >= high if below else number > high
     if not math.isfinite(number) or too_low or too_high:
