@@ -218,7 +218,11 @@ class ReduceOnPlateau(Schedule):
         return {"now": self._now, "best": self._best, "waited": self._waited}
 
     def restore(self, state: Mapping[str, float]) -> None:
-        self._now, self._best, self._waited = float(state["now"]), float(state["best"]), int(state["waited"])
+        now, best = check_number("now", state["now"], 0.0), state["best"]
+        if isinstance(best, bool) or not isinstance(best, (int, float)) or math.isnan(best):  # infinite at first
+            raise ValueError(f"best is {best!r}, expected a number")
+        waited = functional.check_integer("waited", state["waited"], 0)
+        self._now, self._best, self._waited = now, float(best), waited
 
 
 def as_schedule(rate: Any) -> Schedule:
