@@ -470,16 +470,16 @@ def load(model: Any, names: Iterable[str] | None = None) -> dict[str, Operator]:
     folding = Folding(model)
     wanted = None if names is None else functional.check_names("names", names)
     nodes: dict[str, tuple[onnx.NodeProto, Scope]] = {}
+    counts: dict[str, int] = {}
     for node, scope in _recurrent_nodes(Scope(model.graph, None)):
         first = name = name_of(node)
-        count = 1
         while name in nodes:
-            count += 1
-            name = f"{first}#{count}"
+            counts[first] = counts.get(first, 1) + 1
+            name = f"{first}#{counts[first]}"
         nodes[name] = node, scope
     for name in wanted or ():
         if name not in nodes:
-            raise ValueError(f"names has {name!r}, and the model's recurrent nodes are {list(nodes)}")
+            raise ValueError(f"names has {name!r}, and the model's recurrent nodes are [{weights._some(nodes)}]")
     return {
         name: _read_node(name, node, scope, folding)
         for name, (node, scope) in nodes.items()
@@ -496,7 +496,7 @@ def _read(model: Any) -> onnx.ModelProto:
         except OSError:
             raise
         except Exception as error:
-            raise ValueError(f"{path} cannot be read as an ONNX model ({type(error).__name__}: {error})") from error
+            raise ValueError(f"{path} cannot be read as an ONNX model ({weights.told(error)})") from error
     if not isinstance(model, onnx.ModelProto):
         raise TypeError(f"model is a {type(model).__name__}, expected a path or an onnx.ModelProto")
     return _written_out(model) if model.functions else model
@@ -528,7 +528,8 @@ def _written_out(model: onnx.ModelProto) -> onnx.ModelProto:
             raise ValueError("they would make it too large")
         return onnx.inliner.inline_local_functions(model)
     except Exception as error:
-        raise ValueError(f"the model's functions cannot be written out where they are called: {error}") from error
+        message = f"the model's functions cannot be written out where they are called: {weights.told(error)}"
+        raise ValueError(message) from error
 
 
 def _recurrent_nodes(scope: Scope) -> Iterator[tuple[onnx.NodeProto, Scope]]:
@@ -560,8 +561,10 @@ def _read_node(name: str, node: onnx.NodeProto, scope: Scope, folding: Folding) 
         raise ValueError(f"{node.op_type} {name!r} has an input {formal} {error}: only constants can be read") from None
     except Unfolded as error:
         raise ValueError(f"{node.op_type} {name!r} has an input {formal} {error}") from None
-    except Exception as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{node.op_type} {name!r} cannot be read: {error}") from error
+    except Exception as error:
+        raise ValueError(f"{node.op_type} {name!r} cannot be read: {weights.told(error)}") from error
 
 
 def _attributes(node: onnx.NodeProto) -> dict[str, Any]:

@@ -15,11 +15,13 @@ import onnx
 import onnx.reference
 from onnx import helper, numpy_helper
 
+from fastrnn.weights import told
+
 Array = np.ndarray
 
 _WORK = 1 << 28  # about as many bytes as NumPy copies in a tenth of a second
 _PER_BYTE = 32  # what each byte of the file's tensors adds to it
-_NODE = 1 << 15  # what a node costs before it does anything, and a round of a loop
+_NODE = 1 << 16  # what a node costs before it does anything, and a round of a loop
 _SLOW = 1000  # how much more a byte costs where the reference implementation may walk through elements in Python
 _SMALL = 1024  # elements of which the inference may need the values: shapes, axes, counts
 
@@ -90,8 +92,7 @@ class Evaluator(onnx.reference.ReferenceEvaluator):
         except (NodeError, Unfolded, NotImplementedError):
             raise
         except Exception as error:
-            first = error.__cause__ or error  # the reference implementation hides what it was
-            reason = f"{type(first).__name__}: {first}"
+            reason = told(error.__cause__ or error)  # the reference implementation hides what it was
             raise NodeError(f"{proto.op_type} {name_of(proto)!r} cannot be computed: {reason}") from error
 
     def _compute(self, node: Any, run: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
@@ -156,7 +157,7 @@ class Folding:
                 raise ValueError(f"its shape is {list(tensor.dims)}")
             array = numpy_helper.to_array(tensor)
         except Exception as error:
-            raise NodeError(f"its tensor {tensor.name!r} cannot be read: {type(error).__name__}: {error}") from error
+            raise NodeError(f"its tensor {tensor.name!r} cannot be read: {told(error)}") from error
         self.left += _PER_BYTE * array.nbytes
         return array
 
@@ -173,8 +174,7 @@ class Folding:
         except (NodeError, Unfolded):
             raise
         except Exception as error:  # before it runs: unknown operators, wrong attributes
-            reason = f"{type(error).__name__}: {error}"
-            raise NodeError(f"{node.op_type} {name_of(node)!r} cannot be computed: {reason}") from error
+            raise NodeError(f"{node.op_type} {name_of(node)!r} cannot be computed: {told(error)}") from error
         if node.op_type == "Constant":
             self.left += _PER_BYTE * sum(np.asarray(value).nbytes for value in values)
         self.known.update({(owner, name): value for name, value in zip(names, values, strict=True)})
@@ -205,7 +205,7 @@ class Folding:
                 schema, node, types, data, opset_imports=self.imports, ir_version=self.ir_version
             )
         except Exception as error:
-            raise NodeError(f"{node.op_type} {name_of(node)!r} is not valid: {error}") from error
+            raise NodeError(f"{node.op_type} {name_of(node)!r} is not valid: {told(error)}") from error
         return [_bytes_of(node, made.get(name)) for name in node.output if name]
 
 

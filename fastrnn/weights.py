@@ -214,6 +214,12 @@ def _some(names: Iterable[Any], limit: int = 12) -> str:
     return ", ".join(shown) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
+def told(error: BaseException) -> str:
+    """Return what an error of another package says, which may have a hostile file's content in it."""
+    text = str(error)
+    return f"{type(error).__name__}: {text if len(text) <= 1000 else text[:1000] + '...'}"
+
+
 def _size(shape: Shape) -> int:
     size = 1
     for length in shape:
@@ -973,7 +979,7 @@ class _Npz:
         except _Malformed as error:
             raise ValueError(f"{self.path} cannot be loaded: {error}") from None
         except Exception as error:
-            message = f"{self.path} cannot be loaded: it is not a whole .npz file ({type(error).__name__}: {error})"
+            message = f"{self.path} cannot be loaded: it is not a whole .npz file ({told(error)})"
             raise ValueError(message) from error
 
 
@@ -1018,10 +1024,8 @@ class _Safetensors:
         except _Malformed as error:
             raise ValueError(f"{self.path} cannot be loaded: {error}") from None
         except Exception as error:
-            text = (
-                f"{self.path} cannot be loaded: it is not a whole .safetensors file ({type(error).__name__}: {error})"
-            )
-            raise ValueError(text) from error
+            message = f"{self.path} cannot be loaded: it is not a whole .safetensors file ({told(error)})"
+            raise ValueError(message) from error
 
 
 class _Malformed(Exception):

@@ -264,6 +264,19 @@ def test_many_nodes_share_what_may_be_computed():
     assert time.process_time() - start < 1
 
 
+def test_many_nodes_of_one_name():
+    model = model_of("y = RNN (x, w, r)")
+    model.graph.node[0].name = "node"
+    for _ in range(4000):
+        model.graph.node.add().CopyFrom(model.graph.node[0])
+    start = time.process_time()
+    assert list(load(model, ["node#3", "node#4001"])) == ["node#3", "node#4001"]
+    assert time.process_time() - start < 1
+    with pytest.raises(ValueError, match=r"names has 'no', and .* and 3989 more") as caught:
+        load(model, ["no"])
+    assert len(str(caught.value)) < 1000
+
+
 def test_what_several_nodes_read_is_computed_once(monkeypatch):
     nodes = " ".join(f"y{i} = RNN (x, c, r)" for i in range(50))
     ran = []
@@ -290,7 +303,8 @@ def test_functions_that_would_be_endless():
 
     start = time.process_time()
     refused(
-        functions(40, doubled), "functions cannot be written out where they are called: they would make it too large"
+        functions(40, doubled),
+        "functions cannot be written out where they are called: ValueError: they would make it too large",
     )
     refused(
         functions(2, lambda i: f"c = local.f{1 - i} (a)"),
