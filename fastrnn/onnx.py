@@ -427,7 +427,8 @@ def load(model: Any, names: Iterable[str] | None = None) -> dict[str, Operator]:
 
     Nodes in the branches and bodies of If, Loop and Scan and in the model's functions are among them. W, R, B and P may
     be initialisers, or computed from such and from constants in any way: that is done here, once, by onnx' reference
-    implementation. sequence_lens, initial_h and initial_c become the operator's ``initial`` where they are constant.
+    implementation, if it is not more work than a file of the model's size may ask for. sequence_lens, initial_h and
+    initial_c become the operator's ``initial`` where they are constant. The model need not be trusted.
 
     Parameters
     ----------
@@ -446,8 +447,8 @@ def load(model: Any, names: Iterable[str] | None = None) -> dict[str, Operator]:
     TypeError
         If `model` is neither a path nor a model.
     ValueError
-        If the file is no ONNX model, there is no node of a given name, weights depend on an input of the model, or an
-        attribute has a value that ONNX does not know.
+        If the file is no ONNX model, there is no node of a given name, weights depend on an input of the model or cannot
+        be computed, or an attribute has a type or a value that ONNX does not know: by the node's name.
     OSError
         If the file cannot be opened.
 

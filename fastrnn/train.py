@@ -685,7 +685,8 @@ class Trainer:
         Raises
         ------
         ValueError
-            If it has another ending.
+            If it has another ending, or the trainer was changed by hand to what `load` would refuse, such as a history
+            without an entry for each epoch.
         OSError
             If the file cannot be written; one that was there is as it was.
         """
@@ -711,7 +712,8 @@ class Trainer:
         Raises
         ------
         ValueError
-            If the file is no checkpoint, or one of another model or optimiser; this trainer is as it was then.
+            If the file is no checkpoint, or one of another model or optimiser, which is looked at before anything is
+            read; this trainer is as it was then.
         OSError
             If the file cannot be opened.
 
