@@ -447,8 +447,8 @@ def load(model: Any, names: Iterable[str] | None = None) -> dict[str, Operator]:
     TypeError
         If `model` is neither a path nor a model.
     ValueError
-        If the file is no ONNX model, there is no node of a given name, weights depend on an input of the model or cannot
-        be computed, or an attribute has a type or a value that ONNX does not know: by the node's name.
+        If the file is no ONNX model, there is no node of a given name, weights depend on an input of the model or
+        cannot be computed, or an attribute has a type or a value that ONNX does not know: by the node's name.
     OSError
         If the file cannot be opened.
 
