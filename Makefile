@@ -33,7 +33,7 @@ test: $(VENV)/.test ## run the tests
 	@$(BIN)/python -m pytest tests benchmarks --benchmark-disable $(ARGS)
 
 test-all: $(VENV)/.test-all ## run the tests with every optional package: PyTorch, ONNX Runtime, JAX, numba-cuda, matplotlib, safetensors
-	@$(BIN)/python -m pytest tests benchmarks --benchmark-disable -rs $(ARGS)
+	@FASTRNN_FUZZ_SECONDS=30 $(BIN)/python -m pytest tests benchmarks --benchmark-disable -rs $(ARGS)
 
 test-gpu: $(VENV)/.test-all ## run the tests that need an NVIDIA GPU
 	@$(BIN)/python -m pytest tests -m gpu -rs $(ARGS)

@@ -741,12 +741,12 @@ class Recurrent:
         missing: list[str] = []
         unexpected: list[str] = []
 
-        def select(meta: Mapping[str, Any], shapes: Mapping[str, weights.Shape]) -> list[str]:
-            missing[:], unexpected[:] = weights.compare_names(shapes, expected)
+        def select(meta: Mapping[str, Any], headers: Mapping[str, weights.Header]) -> list[str]:
+            missing[:], unexpected[:] = weights.compare_names(headers, expected)
             if strict and (missing or unexpected):
                 raise weights.names_error(os.fsdecode(path), missing, unexpected)
-            _check_shapes(path, shapes, expected)
-            return [name for name in expected if name in shapes]
+            _check_shapes(path, headers, expected)
+            return [name for name in expected if name in headers]
 
         arrays, _ = weights.read(path, select)
         self._parameters.update(arrays)
@@ -1089,16 +1089,16 @@ def load(path: weights.Path, *, seed: int | None = None, backend: str | None = N
     backend = backends.check(backend)
     made: list[Any] = []
 
-    def select(meta: Mapping[str, Any], shapes: Mapping[str, weights.Shape]) -> list[str]:
+    def select(meta: Mapping[str, Any], headers: Mapping[str, weights.Header]) -> list[str]:
         layer = _from_meta(path, meta, backend)
-        if layer._spec.num_arrays != len(shapes):  # before a list of names that a hostile file could make endless
-            message = f"it has {len(shapes)} arrays, and the layer that it tells of has {layer._spec.num_arrays}"
+        if layer._spec.num_arrays != len(headers):  # before a list of names that a hostile file could make endless
+            message = f"it has {len(headers)} arrays, and the layer that it tells of has {layer._spec.num_arrays}"
             raise ValueError(f"{os.fsdecode(path)} cannot be loaded: {message}")
         expected = layer._spec.shapes()
-        missing, unexpected = weights.compare_names(shapes, expected)
+        missing, unexpected = weights.compare_names(headers, expected)
         if missing or unexpected:
             raise weights.names_error(os.fsdecode(path), missing, unexpected)
-        _check_shapes(path, shapes, expected)
+        _check_shapes(path, headers, expected)
         made.append(layer)
         return list(expected)
 
@@ -1114,7 +1114,7 @@ def _from_meta(path: Any, meta: Mapping[str, Any], backend: str) -> Any:
     if not meta:
         raise ValueError(f"{name} tells no architecture: make the layer, and call its load()")
     known = dict(meta)
-    if known.pop("format", None) != FORMAT:
+    if not weights.same(known.pop("format", None), FORMAT):
         raise ValueError(f"{name} cannot be loaded: its format is {meta.get('format')!r}, expected {FORMAT}")
     cell = known.get("cell")
     if not isinstance(cell, str) or cell not in GATES:
@@ -1130,11 +1130,11 @@ def _from_meta(path: Any, meta: Mapping[str, Any], backend: str) -> Any:
     return layer
 
 
-def _check_shapes(path: Any, shapes: Mapping[str, weights.Shape], expected: Mapping[str, weights.Shape]) -> None:
+def _check_shapes(path: Any, headers: Mapping[str, weights.Header], expected: Mapping[str, weights.Shape]) -> None:
     wrong = [
-        f"{name} has shape {shapes[name]}, expected {shape}"
+        f"{name} has shape {headers[name].shape}, expected {shape}"
         for name, shape in expected.items()
-        if name in shapes and shapes[name] != shape
+        if name in headers and headers[name].shape != shape
     ]
     if wrong:
         raise ValueError(f"{os.fsdecode(path)} does not fit the layer; {'; '.join(wrong)}")

@@ -632,12 +632,12 @@ class Model:
         missing: list[str] = []
         unexpected: list[str] = []
 
-        def select(meta: Mapping[str, Any], shapes: Mapping[str, weights.Shape]) -> list[str]:
-            missing[:], unexpected[:] = weights.compare_names(shapes, expected)
+        def select(meta: Mapping[str, Any], headers: Mapping[str, weights.Header]) -> list[str]:
+            missing[:], unexpected[:] = weights.compare_names(headers, expected)
             if strict and (missing or unexpected):
                 raise weights.names_error(os.fsdecode(path), missing, unexpected)
-            layers._check_shapes(path, shapes, expected)
-            return [name for name in expected if name in shapes]
+            layers._check_shapes(path, headers, expected)
+            return [name for name in expected if name in headers]
 
         arrays, _ = weights.read(path, select)
         self._parameters.update(arrays)

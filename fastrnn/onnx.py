@@ -17,6 +17,7 @@ An `Operator` has every attribute of the node. Activations that the compiled ker
 peepholes run through NumPy, the others through the kernels. `Backend` runs whole models for ``onnx.backend``.
 """
 
+import contextlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -37,6 +38,7 @@ from onnx import helper, numpy_helper
 from fastrnn import backend as backends
 from fastrnn import functional, weights
 from fastrnn.layers import GRU, LSTM, RNN, Recurrent
+from fastrnn.onnx_folding import Evaluator, Folding, NotConstant, Scope, Unfolded, name_of, subgraphs
 
 __all__ = ["Backend", "Operator", "export", "load"]
 
@@ -48,10 +50,10 @@ _DIRECTIONS = ("forward", "reverse", "bidirectional")
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
 _INPUTS = ("X", "W", "R", "B", "sequence_lens", "initial_h", "initial_c", "P")
 _OUTPUTS = ("Y", "Y_h", "Y_c")
-_ATTRIBUTES = (
-    "activation_alpha", "activation_beta", "activations", "clip", "direction", "hidden_size", "input_forget", "layout",
-    "linear_before_reset",
-)  # fmt: skip
+_ATTRIBUTES = {  # each with the type that it has
+    "activation_alpha": "FLOATS", "activation_beta": "FLOATS", "activations": "STRINGS", "clip": "FLOAT",
+    "direction": "STRING", "hidden_size": "INT", "input_forget": "INT", "layout": "INT", "linear_before_reset": "INT",
+}  # fmt: skip
 
 
 class Operator:
@@ -128,12 +130,12 @@ class Operator:
     ) -> None:
         if op_type not in _GATES:
             raise ValueError(f"op_type is {op_type!r}, expected 'RNN', 'LSTM' or 'GRU'")
-        if direction not in _DIRECTIONS:
+        if not isinstance(direction, str) or direction not in _DIRECTIONS:
             raise ValueError(f"direction is {direction!r}, expected 'forward', 'reverse' or 'bidirectional'")
         self.name, self.op_type, self.direction = name, op_type, direction
         self.inputs, self.outputs, self.initial = dict(inputs or {}), dict(outputs or {}), dict(initial or {})
         self._set_weights(W, R, B, P)
-        if hidden_size is not None and hidden_size != self.hidden_size:
+        if hidden_size is not None and functional.check_integer("hidden_size", hidden_size, 0) != self.hidden_size:
             raise ValueError(f"hidden_size is {hidden_size} and R has shape {self.R.shape}, expected the same H")
         self.clip = None if clip is None else float(clip)
         if self.clip is not None and not self.clip > 0:
@@ -404,7 +406,7 @@ class _General:
 
 def _check_bit(name: str, value: int, op_type: str = "", only: str = "") -> int:
     """Return an attribute that is 0 or 1, and 1 only for one of the operators."""
-    if value not in (0, 1):
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)) or value not in (0, 1):
         raise ValueError(f"{name} is {value!r}, expected 0 or 1")
     if value and op_type != only:
         raise ValueError(f"{name} is {value}, and {op_type} does not have it: {only} does")
@@ -426,7 +428,8 @@ def load(model: Any, names: Iterable[str] | None = None) -> dict[str, Operator]:
 
     Nodes in the branches and bodies of If, Loop and Scan and in the model's functions are among them. W, R, B and P may
     be initialisers, or computed from such and from constants in any way: that is done here, once, by onnx' reference
-    implementation. sequence_lens, initial_h and initial_c become the operator's ``initial`` where they are constant.
+    implementation, if it is not more work than a file of the model's size may ask for. sequence_lens, initial_h and
+    initial_c become the operator's ``initial`` where they are constant. The model need not be trusted.
 
     Parameters
     ----------
@@ -445,8 +448,8 @@ def load(model: Any, names: Iterable[str] | None = None) -> dict[str, Operator]:
     TypeError
         If `model` is neither a path nor a model.
     ValueError
-        If the file is no ONNX model, there is no node of a given name, weights depend on an input of the model, or an
-        attribute has a value that ONNX does not know.
+        If the file is no ONNX model, there is no node of a given name, weights depend on an input of the model or
+        cannot be computed, or an attribute has a type or a value that ONNX does not know: by the node's name.
     OSError
         If the file cannot be opened.
 
@@ -466,20 +469,21 @@ def load(model: Any, names: Iterable[str] | None = None) -> dict[str, Operator]:
     {'rnn': Operator('rnn', 'RNN', input_size=3, hidden_size=4, clip=1.0)}
     """
     model = _read(model)
+    folding = Folding(model)
     wanted = None if names is None else functional.check_names("names", names)
-    nodes: dict[str, tuple[onnx.NodeProto, _Scope]] = {}
-    for node, scope in _recurrent_nodes(_Scope(model.graph, None)):
-        first = name = node.name or next(filter(None, node.output), node.op_type)
-        count = 1
+    nodes: dict[str, tuple[onnx.NodeProto, Scope]] = {}
+    counts: dict[str, int] = {}
+    for node, scope in _recurrent_nodes(Scope(model.graph, None)):
+        first = name = name_of(node)
         while name in nodes:
-            count += 1
-            name = f"{first}#{count}"
+            counts[first] = counts.get(first, 1) + 1
+            name = f"{first}#{counts[first]}"
         nodes[name] = node, scope
     for name in wanted or ():
         if name not in nodes:
-            raise ValueError(f"names has {name!r}, and the model's recurrent nodes are {list(nodes)}")
+            raise ValueError(f"names has {name!r}, and the model's recurrent nodes are [{weights._some(nodes)}]")
     return {
-        name: _read_node(name, node, scope, model)
+        name: _read_node(name, node, scope, folding)
         for name, (node, scope) in nodes.items()
         if wanted is None or name in wanted
     }
@@ -494,46 +498,52 @@ def _read(model: Any) -> onnx.ModelProto:
         except OSError:
             raise
         except Exception as error:
-            raise ValueError(f"{path} cannot be read as an ONNX model ({type(error).__name__}: {error})") from error
+            raise ValueError(f"{path} cannot be read as an ONNX model ({weights.told(error)})") from error
     if not isinstance(model, onnx.ModelProto):
         raise TypeError(f"model is a {type(model).__name__}, expected a path or an onnx.ModelProto")
-    return onnx.inliner.inline_local_functions(model) if model.functions else model
+    return _written_out(model) if model.functions else model
 
 
-class _Scope:
-    """What the names in a graph mean, and in the graphs around it."""
-
-    def __init__(self, graph: onnx.GraphProto, outer: "_Scope | None") -> None:
-        self.graph, self.outer = graph, outer
-        self.tensors = {tensor.name: tensor for tensor in graph.initializer}
-        self.producers = {name: node for node in graph.node for name in node.output if name}
-        self.inputs = {value.name for value in graph.input}
-
-    def find(self, name: str) -> Any:
-        """Return the tensor or the node that a name stands for, or None if it is an input, and has no value here."""
-        scope: _Scope | None = self
-        while scope is not None:
-            found = scope.tensors.get(name) or scope.producers.get(name)
-            if found is not None or name in scope.inputs:
-                return found
-            scope = scope.outer
-        return None
+_LONGEST = 1 << 27  # bytes of a model whose functions are written out, if they are not that long themselves
 
 
-def _subgraphs(node: onnx.NodeProto) -> list[onnx.GraphProto]:
-    return [g for attribute in node.attribute for g in ([attribute.g] if attribute.HasField("g") else attribute.graphs)]
+def _written_out(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a model with its functions where they are called: a few that call each other can make it endless."""
+    functions = {(function.domain, function.name): function.node for function in model.functions}
+    sizes: dict[tuple[str, str], int] = {}
+
+    def size(nodes: Iterable[onnx.NodeProto], callers: tuple[Any, ...] = ()) -> int:
+        return sum(of(node, callers) for node in nodes)
+
+    def of(node: onnx.NodeProto, callers: tuple[Any, ...]) -> int:
+        called = node.domain, node.op_type
+        if called in callers:
+            raise ValueError(f"the function {node.op_type!r} calls itself")
+        if called in functions and called not in sizes:
+            sizes[called] = size(functions[called], (*callers, called))
+        inner = sum(size(graph.node, callers) for graph in subgraphs(node))
+        return 1000 + node.ByteSize() + inner + sizes.get(called, 0)
+
+    try:
+        total = size(model.graph.node)
+        if total > _LONGEST + 4 * sum(function.ByteSize() for function in model.functions) + 4 * model.graph.ByteSize():
+            raise ValueError("they would make it too large")
+        return onnx.inliner.inline_local_functions(model)
+    except Exception as error:
+        message = f"the model's functions cannot be written out where they are called: {weights.told(error)}"
+        raise ValueError(message) from error
 
 
-def _recurrent_nodes(scope: _Scope) -> Iterator[tuple[onnx.NodeProto, _Scope]]:
+def _recurrent_nodes(scope: Scope) -> Iterator[tuple[onnx.NodeProto, Scope]]:
     """Walk through a graph and those in it."""
     for node in scope.graph.node:
         if node.domain in ("", "ai.onnx") and node.op_type in _GATES:
             yield node, scope
-        for graph in _subgraphs(node):
-            yield from _recurrent_nodes(_Scope(graph, scope))
+        for graph in subgraphs(node):
+            yield from _recurrent_nodes(Scope(graph, scope))
 
 
-def _read_node(name: str, node: onnx.NodeProto, scope: _Scope, model: onnx.ModelProto) -> Operator:
+def _read_node(name: str, node: onnx.NodeProto, scope: Scope, folding: Folding) -> Operator:
     """Return the operator that a node is."""
     inputs = {formal: actual for formal, actual in zip(_INPUTS, node.input, strict=False) if actual}
     outputs = {formal: actual for formal, actual in zip(_OUTPUTS, node.output, strict=False) if actual}
@@ -542,91 +552,42 @@ def _read_node(name: str, node: onnx.NodeProto, scope: _Scope, model: onnx.Model
     try:
         for formal in ("W", "R", "B", "P"):
             if formal in inputs:
-                constants[formal] = _constant(inputs[formal], scope, model)
-    except _NotConstant as error:
-        raise ValueError(f"{node.op_type} {name!r} has an input {formal} {error}: only constants can be read") from None
-    for formal in ("sequence_lens", "initial_h", "initial_c"):
-        try:
-            if formal in inputs:
-                initial[formal] = _constant(inputs[formal], scope, model)
-        except _NotConstant:  # then a call gives it
-            pass
-    known: dict[str, Any] = {"inputs": inputs, "outputs": outputs, "initial": initial}
-    try:
+                constants[formal] = folding.value(inputs[formal], scope)
+        for formal in ("sequence_lens", "initial_h", "initial_c"):
+            with contextlib.suppress(NotConstant):  # then a call gives it
+                if formal in inputs:
+                    initial[formal] = folding.value(inputs[formal], scope)
+        known: dict[str, Any] = {"inputs": inputs, "outputs": outputs, "initial": initial}
         return Operator(node.op_type, **constants, name=name, **_attributes(node), **known)
+    except NotConstant as error:
+        raise ValueError(f"{node.op_type} {name!r} has an input {formal} {error}: only constants can be read") from None
+    except Unfolded as error:
+        raise ValueError(f"{node.op_type} {name!r} has an input {formal} {error}") from None
     except (TypeError, ValueError) as error:
         raise ValueError(f"{node.op_type} {name!r} cannot be read: {error}") from error
+    except Exception as error:
+        raise ValueError(f"{node.op_type} {name!r} cannot be read: {weights.told(error)}") from error
 
 
 def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
     """Return the attributes that a node gives, all of which must be known."""
-    values = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
-    values.pop("output_sequence", None)  # of the operators' first version: whether there is a Y
-    unknown = [name for name in values if name not in _ATTRIBUTES]
+    given = {attribute.name: attribute for attribute in node.attribute}
+    given.pop("output_sequence", None)  # of the operators' first version: whether there is a Y
+    unknown = [name for name in given if name not in _ATTRIBUTES]
     if unknown:
         raise ValueError(f"its attributes {', '.join(unknown)} are unknown, expected some of {', '.join(_ATTRIBUTES)}")
+    values = {}
+    for name, attribute in given.items():
+        kinds = onnx.AttributeProto.AttributeType
+        if attribute.type != kinds.Value(_ATTRIBUTES[name]) or attribute.ref_attr_name:
+            kind = kinds.Name(attribute.type) if attribute.type in kinds.values() else attribute.type
+            raise ValueError(f"its attribute {name} is of type {kind}, expected {_ATTRIBUTES[name]}")
+        values[name] = helper.get_attribute_value(attribute)
     if "activations" in values:
-        values["activations"] = [name.decode() for name in values["activations"]]
+        values["activations"] = [name.decode(errors="replace") for name in values["activations"]]
     if "direction" in values:
-        values["direction"] = values["direction"].decode()
+        values["direction"] = values["direction"].decode(errors="replace")
     return values
-
-
-class _NotConstant(Exception):
-    """What a value depends on, in words."""
-
-
-_RANDOM = ("Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike")
-
-
-def _constant(name: str, scope: _Scope, model: onnx.ModelProto) -> Array:
-    """Return the value that a name always has."""
-    tensors, nodes = _needed(name, scope)
-    if not nodes:
-        return numpy_helper.to_array(tensors[0])
-    graph = helper.make_graph(nodes, "constant", [], [onnx.ValueInfoProto(name=name)], tensors)
-    own = helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
-    (value,) = onnx.reference.ReferenceEvaluator(own).run(None, {})
-    return np.asarray(value)
-
-
-def _needed(name: str, scope: _Scope) -> tuple[list[onnx.TensorProto], list[onnx.NodeProto]]:
-    """Return the tensors and the nodes that a value is computed from, each behind those that it needs."""
-    tensors, nodes, done, started = [], [], set(), set()
-    stack = [name]
-    while stack:
-        found = scope.find(stack[-1])
-        if isinstance(found, onnx.TensorProto):
-            if stack[-1] not in done:
-                tensors.append(found)
-            done.add(stack.pop())
-            continue
-        if found is None:
-            raise _NotConstant(f"that depends on {stack[-1]!r}, which is an input or has no dense value")
-        if found.op_type in _RANDOM:
-            raise _NotConstant(f"that depends on {stack[-1]!r}, which is drawn by {found.op_type}")
-        missing = [other for other in _reads(found) if other not in done]
-        if missing and stack[-1] in started:  # it waits for itself
-            raise _NotConstant(f"that depends on {stack[-1]!r}, which depends on itself")
-        started.add(stack[-1])
-        if missing:
-            stack += missing
-            continue
-        if stack.pop() not in done:
-            nodes.append(found)
-            done.update(found.output)
-    return tensors, nodes
-
-
-def _reads(node: onnx.NodeProto) -> list[str]:
-    """Return the names that a node takes from around it, those of its subgraphs included."""
-    names = list(node.input)
-    for graph in _subgraphs(node):
-        own = {value.name for value in (*graph.input, *graph.initializer)}
-        own.update(name for inner in graph.node for name in inner.output)
-        within = [name for inner in graph.node for name in _reads(inner)] + [value.name for value in graph.output]
-        names += [name for name in within if name not in own]
-    return [name for name in names if name]
 
 
 # ---- running whole models
@@ -653,7 +614,7 @@ class BackendRep(onnx.backend.base.BackendRep):
     """A model that is ready to be run."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
-        self._evaluator = onnx.reference.ReferenceEvaluator(model, new_ops=_OPS)
+        self._evaluator = Evaluator(model, new_ops=_OPS)
 
     def run(self, inputs: Any, **kwargs: Any) -> tuple[Any, ...]:
         """Return the model's outputs.
@@ -672,7 +633,7 @@ class BackendRep(onnx.backend.base.BackendRep):
         TypeError
             For any other argument.
         ValueError
-            If there is another number of inputs.
+            If there is another number of inputs, or a node cannot be computed, by its name.
         """
         if kwargs:
             raise TypeError(f"run has {', '.join(map(repr, kwargs))}, expected the inputs and nothing else")
@@ -731,7 +692,7 @@ class Backend(onnx.backend.base.Backend):
             raise ValueError(f"device is {device!r}, expected 'CPU'")
         if not isinstance(model, onnx.ModelProto):
             raise TypeError(f"model is a {type(model).__name__}, expected an onnx.ModelProto")
-        onnx.checker.check_model(model)
+        onnx.checker.check_model(_with_shapes(model))
         return BackendRep(_read(model))
 
     @classmethod
@@ -741,8 +702,24 @@ class Backend(onnx.backend.base.Backend):
         """Return a single node's outputs, by the newest version of its operator."""
         if kwargs or not cls.supports_device(device):
             raise ValueError(f"run_node has device {device!r} and {list(kwargs)}, expected 'CPU' and nothing else")
-        evaluator = onnx.reference.ReferenceEvaluator(node, new_ops=_OPS)
+        evaluator = Evaluator(node, new_ops=_OPS)
         return tuple(evaluator.run(None, dict(zip(evaluator.input_names, inputs, strict=True))))
+
+
+def _with_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a model as onnx' checker wants it: with a shape, whichever, where a graph's input or output has none."""
+    values = [*model.graph.input, *model.graph.output]
+    if all(value.type.HasField("tensor_type") and value.type.tensor_type.HasField("shape") for value in values):
+        return model
+    copied = onnx.ModelProto()
+    copied.CopyFrom(model)
+    for value in copied.graph.output:
+        if value.type.WhichOneof("value") is None:  # a type need not be there either: it follows from the nodes
+            value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT
+    for value in (*copied.graph.input, *copied.graph.output):
+        if value.type.HasField("tensor_type"):
+            value.type.tensor_type.shape.SetInParent()
+    return copied
 
 
 # ---- writing

@@ -37,7 +37,10 @@ def check_number(
     """
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.integer, np.floating)):
         raise TypeError(f"{name} is a {type(value).__name__}, expected a number")
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
     too_low = number <= low if above else number < low
     too_high = number >= high if below else number > high
     if not math.isfinite(number) or too_low or too_high:
@@ -215,7 +218,11 @@ class ReduceOnPlateau(Schedule):
         return {"now": self._now, "best": self._best, "waited": self._waited}
 
     def restore(self, state: Mapping[str, float]) -> None:
-        self._now, self._best, self._waited = float(state["now"]), float(state["best"]), int(state["waited"])
+        now, best = check_number("now", state["now"], 0.0), state["best"]
+        if isinstance(best, bool) or not isinstance(best, (int, float)) or math.isnan(best):  # infinite at first
+            raise ValueError(f"best is {best!r}, expected a number")
+        waited = functional.check_integer("waited", state["waited"], 0)
+        self._now, self._best, self._waited = now, float(best), waited
 
 
 def as_schedule(rate: Any) -> Schedule:

@@ -50,7 +50,6 @@ True
 """
 
 import contextlib
-import hashlib
 import json
 import math
 import os
@@ -62,7 +61,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastrnn import functional, weights
+from fastrnn import checkpoints, functional, weights
 from fastrnn.layers import Gradients
 from fastrnn.losses import (
     CTC,
@@ -171,8 +170,6 @@ __all__ = [
 
 Array = np.ndarray
 History = list[dict[str, float]]
-
-FORMAT = 1  # of checkpoints
 
 
 class Diverged(ArithmeticError):
@@ -536,6 +533,8 @@ class Trainer:
         self._plan = plan
         order = np.random.default_rng((self.seed, self.epoch)).permutation(data.size) if plan["shuffle"] else None
         total = -(-data.size // plan["batch_size"]) * _windows_in(data, plan)
+        if self._position > total:
+            raise ValueError(f"epoch {self.epoch + 1} has {total} updates, and is to go on after {self._position}")
         for piece in _pieces(data, plan, order, self._position):
             self._update(piece)
             self._state = self._state if plan["truncate"] or plan["stateful"] else None
@@ -686,11 +685,20 @@ class Trainer:
         Raises
         ------
         ValueError
-            If it has another ending.
+            If it has another ending, or the trainer was changed by hand to what `load` would refuse, such as a history
+            without an entry for each epoch.
         OSError
             If the file cannot be written; one that was there is as it was.
         """
-        weights.write(_check_npz(path), *self._snapshot())
+        path = _check_npz(path)
+        arrays, meta = self._snapshot()
+        headers = {name: weights.Header(array.shape, array.dtype) for name, array in arrays.items()}
+        try:
+            checkpoints.check(self, meta, headers)
+            checkpoints.check_values(meta, arrays)
+        except ValueError as error:
+            raise ValueError(f"{path} cannot be written, as it could not be loaded: {error}") from error
+        weights.write(path, arrays, meta)
 
     def load(self, path: weights.Path) -> None:
         """Read a checkpoint of a trainer that was made alike: the next `fit`, given the same, goes on from there.
@@ -704,7 +712,8 @@ class Trainer:
         Raises
         ------
         ValueError
-            If the file is no checkpoint, or one of another model or optimiser; this trainer is as it was then.
+            If the file is no checkpoint, or one of another model or optimiser, which is looked at before anything is
+            read; this trainer is as it was then.
         OSError
             If the file cannot be opened.
 
@@ -721,12 +730,19 @@ class Trainer:
         >>> b.epoch, bool((b.model.parameters["0.weight"] == a.model.parameters["0.weight"]).all())
         (2, True)
         """
-        arrays, meta = weights.read(_check_npz(path))
-        try:
+        path = _check_npz(path)
+
+        def select(meta: Mapping[str, Any], headers: Mapping[str, weights.Header]) -> list[str]:
+            with _explained(path):
+                checkpoints.check(self, meta, headers)
+                if sum(header.nbytes for header in headers.values()) > os.path.getsize(path):
+                    raise ValueError("its arrays are larger than the file: a checkpoint is not compressed")
+            return list(headers)
+
+        arrays, meta = weights.read(path, select)
+        with _explained(path):
+            checkpoints.check_values(meta, arrays)
             self._restore(arrays, meta)
-        except (KeyError, TypeError, ValueError) as error:
-            reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
-            raise ValueError(f"{os.fsdecode(path)} cannot be loaded: {reason}") from error
 
     def _snapshot(self, copy: bool = False) -> tuple[Params, dict[str, Any]]:
         """Return all that changes in training, as arrays and as what JSON can hold."""
@@ -738,16 +754,18 @@ class Trainer:
         }
         if self.best is not None:
             arrays |= {f"best/{name}": array for name, array in self.best["weights"].items()}
-        arrays |= {f"random/{path}": _random_words(random) for path, random in self.model.generators().items()}
+        arrays |= {
+            f"random/{path}": checkpoints.random_words(random) for path, random in self.model.generators().items()
+        }
         counts = [self.optimizer.updates.get(name, 0) for name in self.model.parameters]
         arrays["updates"] = np.array(counts, float)
         for key in dict.fromkeys(key for entry in self.history for key in entry):
             arrays[f"history/{key}"] = np.array(
-                [(i, entry[key]) for i, entry in enumerate(self.history) if key in entry]
+                [(i, entry[key]) for i, entry in enumerate(self.history) if key in entry], float
             )
         meta = {
-            "checkpoint": FORMAT,
-            "model": _described(self.model),
+            "checkpoint": checkpoints.FORMAT,
+            "model": checkpoints.describe(self.model),
             "optimizer": type(self.optimizer).__name__,
             "steps": self.optimizer.steps,
             "schedule": self.optimizer.schedule.state(),
@@ -756,7 +774,7 @@ class Trainer:
             "position": self._position,
             "sums": self._sums,
             "plan": self._plan,
-            "state": _pack(self._state, arrays),
+            "state": checkpoints.pack(self._state, arrays),
             "best": self.best and {key: value for key, value in self.best.items() if key != "weights"},
         }
         return ({name: array.copy() for name, array in arrays.items()} if copy else arrays), json.loads(
@@ -764,8 +782,7 @@ class Trainer:
         )
 
     def _restore(self, arrays: Mapping[str, Array], meta: Mapping[str, Any]) -> None:
-        """Take back a snapshot; raise, and change nothing, if it is not of such a trainer."""
-        self._check_snapshot(arrays, meta)
+        """Take back a snapshot of such a trainer; raise, and change nothing, if the schedule refuses its part."""
         groups: dict[str, Params] = {"model": {}, "best": {}, "history": {}, "random": {}}
         slots: dict[str, Params] = {slot: {} for slot in self.optimizer.slots}
         for full, array in arrays.items():
@@ -779,45 +796,18 @@ class Trainer:
         for key, entries in groups["history"].items():
             for i, value in entries:
                 history[int(i)][key] = float(value)
-        state = _unpack(meta["state"], arrays)
+        state = checkpoints.unpack(meta["state"], arrays)
         best = meta["best"] and {**meta["best"], "weights": groups["best"]}
-        states = {path: _random_state(words) for path, words in groups["random"].items()}
+        states = {path: checkpoints.random_state(words) for path, words in groups["random"].items()}
         updates = {name: int(count) for name, count in zip(self.model.parameters, arrays["updates"], strict=True)}
         steps, seed, position, sums, plan = (meta[key] for key in ("steps", "seed", "position", "sums", "plan"))
-        self.optimizer.schedule.restore(meta["schedule"])
+        _restore_schedule(self.optimizer.schedule, meta["schedule"])
         for path, random in self.model.generators().items():
             random.bit_generator.state = states[path]
         self.model.parameters.update(groups["model"])
         self.optimizer.slots, self.optimizer.steps, self.optimizer.updates = slots, steps, updates
         self.seed, self.epoch, self.history, self.best = seed, meta["epoch"], history, best
         self._position, self._sums, self._plan, self._state = position, sums, plan, state
-
-    def _check_snapshot(self, arrays: Mapping[str, Array], meta: Mapping[str, Any]) -> None:
-        if meta.get("checkpoint") != FORMAT:
-            raise ValueError(f"it is no checkpoint of format {FORMAT}: a model's weights are read by model.load")
-        if meta["model"] != _described(self.model):
-            raise ValueError(f"it is of another model, {meta['model']}, expected {_described(self.model)}")
-        if meta["optimizer"] != type(self.optimizer).__name__:
-            raise ValueError(f"it is of the optimiser {meta['optimizer']}, expected {type(self.optimizer).__name__}")
-        expected = self.model.parameters
-        for group in ("model", "best"):
-            names = {name.partition("/")[2] for name in arrays if name.startswith(f"{group}/")}
-            if names != set(expected) and (names or group == "model"):
-                raise ValueError(f"its parameters are {sorted(names)}, expected {sorted(expected)}")
-        for full, array in arrays.items():
-            group, _, name = full.partition("/")
-            if group == "optimizer":
-                slot, _, name = name.partition("/")
-                if slot not in self.optimizer.slots or name not in expected:
-                    wrong = name if slot in self.optimizer.slots else slot
-                    raise ValueError(f"its optimiser remembers {wrong!r}, expected {list(self.optimizer.slots)}")
-            if group in ("model", "best", "optimizer") and name in expected:
-                given, wanted = (array.dtype, array.shape), (expected[name].dtype, expected[name].shape)
-                if given != wanted:
-                    raise ValueError(f"its {full} is {given[0]} {given[1]}, expected {wanted[0]} {wanted[1]}")
-        generators = {name: array.shape for name, array in arrays.items() if name.startswith("random/")}
-        if generators != {f"random/{path}": (_RANDOM_WORDS,) for path in self.model.generators()}:
-            raise ValueError("its random generators are those of other layers")
 
 
 def predict(model: Model, x: Any, *, lengths: Any = None, batch_size: int = 256) -> Array:
@@ -978,51 +968,29 @@ class _Progress:
             print(f"epoch {trainer.epoch}/{self.epochs}  {shown}", flush=True)
 
 
+@contextlib.contextmanager
+def _explained(path: str) -> Iterator[None]:
+    """Let errors tell which file cannot be loaded."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be loaded: {error}") from error
+
+
+def _restore_schedule(schedule: Schedule, state: Mapping[str, float]) -> None:
+    """Give a schedule its state, or raise ValueError when it is as it was."""
+    before = schedule.state()
+    try:
+        schedule.restore(state)
+    except Exception as error:  # of a schedule of one's own, too
+        schedule.restore(before)
+        reason = f"it has no {error}" if isinstance(error, KeyError) else f"its schedule cannot be taken: {error}"
+        raise ValueError(reason) from error
+
+
 def _check_npz(path: Any) -> str:
     """Return the path as a string if its ending is .npz."""
     name = os.fsdecode(path)
     if not name.endswith(".npz"):
         raise ValueError(f"path is {name!r}, expected a name that ends in .npz")
     return name
-
-
-_RANDOM_WORDS = 10
-
-
-def _random_words(random: np.random.Generator) -> Array:
-    """Return a generator's state as floats, which hold 32 bits of it each: files have floats alone."""
-    state: Any = random.bit_generator.state
-    numbers = state["state"]["state"], state["state"]["inc"]
-    words = [number >> 32 * i & 0xFFFFFFFF for number in numbers for i in range(4)]
-    return np.array([*words, state["has_uint32"], state["uinteger"]], float)
-
-
-def _random_state(words: Array) -> dict[str, Any]:
-    """Return the state that `_random_words` was given."""
-    state, inc = (sum(int(word) << 32 * i for i, word in enumerate(words[at : at + 4])) for at in (0, 4))
-    has, left = map(int, words[8:])
-    return {"bit_generator": "PCG64", "state": {"state": state, "inc": inc}, "has_uint32": has, "uinteger": left}
-
-
-def _described(model: Model) -> str:
-    """Return the model's architecture as a text that a file's header can hold."""
-    text = repr(model)
-    return text if len(text) < 4000 else f"{text[:1000]}... (SHA-256 {hashlib.sha256(text.encode()).hexdigest()})"
-
-
-def _pack(state: Any, arrays: Params) -> Any:
-    """Put the arrays of a nested state into `arrays` (is modified); return its structure."""
-    if isinstance(state, (tuple, list)):
-        return [_pack(part, arrays) for part in state]
-    if state is None:
-        return None
-    name = f"state/{sum(key.startswith('state/') for key in arrays)}"
-    arrays[name] = state
-    return name
-
-
-def _unpack(structure: Any, arrays: Mapping[str, Array]) -> Any:
-    """Return the state that `_pack` was given."""
-    if isinstance(structure, list):
-        return tuple(_unpack(part, arrays) for part in structure)
-    return None if structure is None else arrays[structure].copy()

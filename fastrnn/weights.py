@@ -15,16 +15,25 @@ name           shape
 A stack of layers appends ``_l0``, ``_l1`` and so on to them, and ``_reverse`` for the reverse direction.
 """
 
+import errno
+import io
 import json
 import os
+import re
 import secrets
+import stat
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import IO, Any, NoReturn
+from typing import IO, Any, NamedTuple, NoReturn
 
 import numpy as np
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 Shape = tuple[int, ...]
 Params = dict[str, np.ndarray]
@@ -203,6 +212,12 @@ def _some(names: Iterable[Any], limit: int = 12) -> str:
     names = list(names)
     shown = [repr(name) if len(repr(name)) <= 80 else repr(name)[:77] + "..." for name in names[:limit]]
     return ", ".join(shown) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def told(error: BaseException) -> str:
+    """Return what an error of another package says, which may have a hostile file's content in it."""
+    text = str(error)
+    return f"{type(error).__name__}: {text if len(text) <= 1000 else text[:1000] + '...'}"
 
 
 def _size(shape: Shape) -> int:
@@ -770,7 +785,25 @@ _META = "__fastrnn__"  # the entry of an .npz file that tells the architecture, 
 _META_BYTES = 1 << 16
 _KINDS = {"F16": np.float16, "F32": np.float32, "F64": np.float64}  # of safetensors
 
-Select = Callable[[Mapping[str, Any], Mapping[str, Shape]], Iterable[str]]
+# What a file may ask for before anybody knows whether it is the right one; `write` keeps to it, too.
+_ENTRIES = 10_000  # arrays
+_NAME = 500  # bytes of a name
+_DIRECTORY = 6 << 20  # bytes of the list of entries, in which each has some 100 beside its name
+_HEADER = 10_000  # bytes that tell one array's shape, NumPy's own limit
+
+
+class Header(NamedTuple):
+    """What a file tells of an array before it is read."""
+
+    shape: Shape
+    dtype: np.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return _size(self.shape) * self.dtype.itemsize
+
+
+Select = Callable[[Mapping[str, Any], Mapping[str, Header]], Iterable[str]]
 
 
 def write(
@@ -791,7 +824,7 @@ def write(
     TypeError
         If `path` is not a path.
     ValueError
-        If it has another ending.
+        If it has another ending, or there is so much of `arrays` or `meta` that `read` would refuse the file.
     ModuleNotFoundError
         For .safetensors without the package of that name.
     OSError
@@ -799,6 +832,11 @@ def write(
     """
     path, kind = _path(path)
     text = json.dumps(dict(meta or {}))
+    try:
+        _check_names([_META, *arrays])
+        _check_text(text)
+    except _Malformed as error:
+        raise ValueError(f"{path} cannot be written, as it could not be loaded: {error}") from None
     if kind == ".safetensors":
         data = _safetensors().numpy.save(dict(arrays), {_META: text})
         with replacing(path) as stream:
@@ -816,7 +854,7 @@ def read(path: Path, select: Select | None = None) -> tuple[Params, dict[str, An
     ----------
     path : str or path
     select : callable, optional
-        Called with the file's meta and the shapes of its arrays before any of them is read; it returns the names of
+        Called with the file's meta and the headers of its arrays before any of them is read; it returns the names of
         those to read, or raises.
 
     Returns
@@ -847,10 +885,25 @@ def read(path: Path, select: Select | None = None) -> tuple[Params, dict[str, An
     """
     path, kind = _path(path)
     with open(path, "rb") as stream:  # whether it is there and can be opened is OSError's to say
-        opened = _Safetensors(path) if kind == ".safetensors" else _Npz(path, stream)
+        opened = (_Safetensors if kind == ".safetensors" else _Npz)(path, stream)
         with opened:
-            names = list(opened.shapes) if select is None else select(opened.meta, opened.shapes)
+            names = list(opened.headers) if select is None else select(opened.meta, opened.headers)
             return {name: opened.read(name) for name in names}, opened.meta
+
+
+class _Bounded:
+    """A stream that `zipfile` opens a file through: the list of entries, which it reads at once, must be short."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self.stream, self.opened = stream, False
+
+    def read(self, size: int = -1) -> bytes:
+        if size > _DIRECTORY and not self.opened:
+            raise _Malformed(f"its list of entries has {size} bytes, expected at most {_DIRECTORY}")
+        return self.stream.read(size)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
 
 
 class _Npz:
@@ -862,11 +915,16 @@ class _Npz:
     def __init__(self, path: str, stream: IO[bytes]) -> None:
         self.path = path
         self.meta: dict[str, Any] = {}
-        self.shapes: dict[str, Shape] = {}
+        self.headers: dict[str, Header] = {}
         self._members: dict[str, tuple[zipfile.ZipInfo, np.dtype, bool, int]] = {}
         with self._explained():
-            self._archive = zipfile.ZipFile(stream)
-            for info in self._archive.infolist():
+            bounded = _Bounded(stream)
+            self._archive = zipfile.ZipFile(bounded)
+            bounded.opened = True
+            entries = self._archive.infolist()
+            _check_names(info.filename.removesuffix(".npy") for info in entries)
+            self._length = os.fstat(stream.fileno()).st_size
+            for info in entries:
                 self._add(info)
 
     def __enter__(self) -> "_Npz":
@@ -881,38 +939,37 @@ class _Npz:
             raise _Malformed(f"its entry {_some([name])} is not an array")
         if name in self._members or (name == _META and self.meta):
             raise _Malformed(f"it has two entries {_some([name])}")
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise _Malformed(f"its entry {_some([name])} is compressed in a way that np.savez_compressed does not have")
+        if info.compress_size > self._length:
+            raise _Malformed(f"its entry {_some([name])} is larger than the file")
         with self._archive.open(info) as member:
-            version = np.lib.format.read_magic(member)
-            if version not in ((1, 0), (2, 0)):
-                raise _Malformed(f"its entry {_some([name])} has the unknown .npy version {version}")
-            one = version == (1, 0)
-            header = np.lib.format.read_array_header_1_0 if one else np.lib.format.read_array_header_2_0
-            shape, fortran, dtype = header(member)
-            offset = member.tell()
+            shape, fortran, dtype, offset = _read_header(name, member)
         if dtype.hasobject:
             raise _Malformed(f"its entry {_some([name])} holds pickled objects, which are never loaded")
         if any(length < 0 for length in shape) or _size(shape) * dtype.itemsize != info.file_size - offset:
             raise _Malformed(f"the header of its entry {_some([name])} does not agree with the entry's size")
         if name == _META:
-            if dtype.kind != "U" or shape != () or dtype.itemsize > _META_BYTES:
+            if dtype.kind != "U" or shape != () or dtype.itemsize > 4 * _META_BYTES:
                 raise _Malformed(f"its entry {_META!r} is not a short text")
             self.meta = _parse_meta(np.frombuffer(self._bytes(info, offset), dtype)[0].item())
             return
         if dtype.kind != "f" or dtype.itemsize > 8:
             raise _Malformed(f"its entry {_some([name])} has dtype {dtype}, expected floats of 16, 32 or 64 bits")
         self._members[name] = (info, dtype, fortran, offset)
-        self.shapes[name] = shape
+        self.headers[name] = Header(shape, dtype.newbyteorder("="))
 
     def _bytes(self, info: zipfile.ZipInfo, offset: int) -> bytes:
+        """Return the data behind a header: as much as was promised, however much a deflated entry would give."""
         with self._archive.open(info) as member:
             member.read(offset)
-            return member.read()
+            return member.read(info.file_size - offset)
 
     def read(self, name: str) -> np.ndarray:
         info, dtype, fortran, offset = self._members[name]
         with self._explained():
             flat = np.frombuffer(self._bytes(info, offset), dtype)
-            array = flat.reshape(self.shapes[name], order="F" if fortran else "C")
+            array = flat.reshape(self.headers[name].shape, order="F" if fortran else "C")
             return np.asarray(array, dtype.newbyteorder("="), order="C")
 
     @contextmanager
@@ -922,24 +979,32 @@ class _Npz:
         except _Malformed as error:
             raise ValueError(f"{self.path} cannot be loaded: {error}") from None
         except Exception as error:
-            message = f"{self.path} cannot be loaded: it is not a whole .npz file ({type(error).__name__}: {error})"
+            message = f"{self.path} cannot be loaded: it is not a whole .npz file ({told(error)})"
             raise ValueError(message) from error
 
 
 class _Safetensors:
     """A .safetensors file through the package of that name, which checks the header and never executes anything."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, stream: IO[bytes]) -> None:
         self.path = path
         self._package = _safetensors()
         with self._explained():
+            size = int.from_bytes(stream.read(8), "little")
+            if _DIRECTORY < size <= os.fstat(stream.fileno()).st_size:  # of a file that has so much
+                raise _Malformed(f"its list of entries has {size} bytes, expected at most {_DIRECTORY}")
             self._file = self._package.safe_open(path, framework="numpy")
             self.meta = _parse_meta((self._file.metadata() or {}).get(_META, "{}"))
-            self.shapes = {name: tuple(self._file.get_slice(name).get_shape()) for name in self._file.keys()}  # noqa: SIM118
-            for name in self.shapes:
-                kind = self._file.get_slice(name).get_dtype()
-                if kind not in _KINDS:
-                    raise _Malformed(f"its array {_some([name])} has dtype {kind}, expected one of {_some(_KINDS)}")
+            names = list(self._file.keys())
+            _check_names(names)
+            self.headers = {name: self._header(name) for name in names}
+
+    def _header(self, name: str) -> Header:
+        entry = self._file.get_slice(name)
+        kind = entry.get_dtype()
+        if kind not in _KINDS:
+            raise _Malformed(f"its array {_some([name])} has dtype {kind}, expected one of {_some(_KINDS)}")
+        return Header(tuple(entry.get_shape()), np.dtype(_KINDS[kind]))
 
     def __enter__(self) -> "_Safetensors":
         self._file.__enter__()
@@ -959,26 +1024,69 @@ class _Safetensors:
         except _Malformed as error:
             raise ValueError(f"{self.path} cannot be loaded: {error}") from None
         except Exception as error:
-            text = (
-                f"{self.path} cannot be loaded: it is not a whole .safetensors file ({type(error).__name__}: {error})"
-            )
-            raise ValueError(text) from error
+            message = f"{self.path} cannot be loaded: it is not a whole .safetensors file ({told(error)})"
+            raise ValueError(message) from error
 
 
 class _Malformed(Exception):
     """What is wrong with a file, in words."""
 
 
-def _parse_meta(text: str) -> dict[str, Any]:
+def _read_header(name: str, member: IO[bytes]) -> tuple[Shape, bool, np.dtype, int]:
+    """Return the shape, whether the order is Fortran's, the dtype and the size of a .npy file's header."""
+    magic = member.read(8)
+    version, fields = tuple(magic[6:]), {(1, 0): 2, (2, 0): 4}
+    if magic[:6] != b"\x93NUMPY":
+        raise ValueError(f"{_some([name])} does not begin as a .npy file")
+    if version not in fields:
+        raise _Malformed(f"its entry {_some([name])} has the unknown .npy version {version}")
+    field = member.read(fields[version])
+    size = int.from_bytes(field, "little")
+    if size > _HEADER:  # which NumPy reads before it refuses it
+        raise _Malformed(f"the header of its entry {_some([name])} has {size} bytes, expected at most {_HEADER}")
+    text = io.BytesIO(field + member.read(size))
+    one = version == (1, 0)
+    shape, fortran, dtype = (np.lib.format.read_array_header_1_0 if one else np.lib.format.read_array_header_2_0)(text)
+    if any(type(length) is not int for length in shape):
+        raise _Malformed(f"the header of its entry {_some([name])} has the shape {shape}, expected integers")
+    return shape, fortran, dtype, len(magic) + len(field) + size
+
+
+def _check_names(names: Iterable[str]) -> None:
+    """Raise for more entries than a file may have, or too long names."""
+    names = list(names)
+    if len(names) > _ENTRIES:
+        raise _Malformed(f"it has {len(names)} entries, expected at most {_ENTRIES}")
+    for name in names:
+        if len(name.encode(errors="replace")) > _NAME:
+            raise _Malformed(f"its entry {_some([name])} has a name of {len(name)} characters, expected {_NAME} bytes")
+
+
+def _check_text(text: str) -> None:
     if len(text) > _META_BYTES:
         raise _Malformed(f"its entry {_META!r} is not a short text")
+
+
+def _parse_meta(text: str) -> dict[str, Any]:
+    _check_text(text)
     try:
-        meta = json.loads(text)
+        meta = json.loads(text, parse_int=_parse_int)
     except (ValueError, RecursionError) as error:
         raise _Malformed(f"its entry {_META!r} is not JSON ({error})") from None
     if not isinstance(meta, dict):
         raise _Malformed(f"its entry {_META!r} is not a JSON object")
     return meta
+
+
+def _parse_int(digits: str) -> int:
+    if len(digits) > 1000:  # messages and products of such would be beyond what Python writes out
+        raise ValueError(f"a number has {len(digits)} digits")
+    return int(digits)
+
+
+def same(given: Any, expected: Any) -> bool:
+    """Whether a value of a file's meta is another, of the same type: True is not 1 there, nor is 1.0."""
+    return type(given) is type(expected) and bool(given == expected)
 
 
 def _path(path: Any) -> tuple[str, str]:
@@ -1005,15 +1113,95 @@ def _safetensors() -> Any:
 
 @contextmanager
 def replacing(path: str) -> Iterator[IO[bytes]]:
-    """Give a stream to a new file beside `path` that takes its place when all is written, and goes when it is not."""
-    temporary = f"{path}.{secrets.token_hex(8)}.tmp"
+    """Give a stream to a new file beside `path` that takes its place when all is written, and goes when it is not.
+
+    A symbolic link stays one: what it points to is replaced. The new file has the old one's mode and, if the system
+    allows it, its owner. What saves to the same path left behind when they were killed is removed.
+    """
+    target = os.path.realpath(path)
+    old = _status(path)
+    _clear(target)
+    temporary, stream = _begin(target, old)
     try:
-        with open(temporary, "xb") as stream:
+        with stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
-        os.replace(temporary, path)
+            if fcntl is not None:  # while it is locked: nobody takes it for a leftover
+                os.replace(temporary, target)
+        if fcntl is None:  # an open file cannot be replaced there
+            os.replace(temporary, target)
     except BaseException:
-        if os.path.exists(temporary):
+        with suppress(FileNotFoundError):
             os.remove(temporary)
         raise
+
+
+def _status(path: str) -> os.stat_result | None:
+    """Return the status of the file that is to be replaced, None if there is none."""
+    try:
+        old = os.stat(path)
+    except FileNotFoundError:
+        return None
+    if stat.S_ISDIR(old.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+    if not stat.S_ISREG(old.st_mode):
+        raise OSError(errno.EINVAL, "it is a device or a pipe, which a file would take the place of", path)
+    return old
+
+
+def _begin(target: str, old: os.stat_result | None) -> tuple[str, IO[bytes]]:
+    """Make a file beside `target`, locked as long as it is open: after a kill the lock is gone, and tells it."""
+    while True:
+        temporary = f"{target}.{secrets.token_hex(8)}.tmp"
+        mode = 0o666 if old is None else 0o600  # never wider than the old file's, which it gets before any content
+        number = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), mode)
+        stream = os.fdopen(number, "wb")
+        try:
+            if _lock(number, wait=True) and not os.fstat(number).st_nlink:  # another save was faster, and removed it
+                stream.close()
+                continue
+            if old is not None:
+                if hasattr(os, "fchown"):
+                    with suppress(OSError):  # only root gives files away
+                        os.fchown(number, old.st_uid, old.st_gid)
+                os.chmod(temporary, stat.S_IMODE(old.st_mode))
+        except BaseException:
+            stream.close()
+            with suppress(FileNotFoundError):
+                os.remove(temporary)
+            raise
+        return temporary, stream
+
+
+def _clear(target: str) -> None:
+    """Remove the leftovers of saves to `target` that were killed, and none of one that goes on in whatever process."""
+    folder, name = os.path.split(target)
+    own = re.compile(re.escape(name) + r"\.[0-9a-f]{16}\.tmp")
+    with suppress(OSError):  # a folder that cannot be listed is no reason not to save
+        for left in filter(own.fullmatch, os.listdir(folder)):
+            with suppress(OSError):
+                _remove_if_left(os.path.join(folder, left))
+
+
+def _remove_if_left(temporary: str) -> None:
+    if fcntl is None:  # there, what a process has open cannot be removed
+        os.remove(temporary)
+        return
+    number = os.open(temporary, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        if _lock(number, wait=False):
+            os.remove(temporary)
+    finally:
+        os.close(number)
+
+
+def _lock(number: int, wait: bool) -> bool:
+    """Lock an open file, and return whether that was possible: not every file system can."""
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        return False
+    return True

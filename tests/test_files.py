@@ -1,11 +1,13 @@
 """Files: what is written is read back bit for bit, and no file, however corrupt or hostile, does more than raise."""
 
+import copy
 import io
 import json
 import os
 import pickle
 import re
 import struct
+import subprocess
 import sys
 import zipfile
 
@@ -257,10 +259,15 @@ ENTRIES = [
     ({"a.npy": header((17,))}, "the header of its entry 'a' does not agree with the entry's size"),
     ({"a.npy": header((15,))}, "the header of its entry 'a' does not agree with the entry's size"),
     ({"a.npy": header("__import__('os').abort()")}, "it is not a whole .npz file"),
+    ({"a.npy": header((True, 16))}, "the header of its entry 'a' has the shape (True, 16), expected integers"),
+    ({"a.npy": b"\x93NUMPY\x02\x00" + struct.pack("<I", 10_001)}, "'a' has 10001 bytes, expected at most 10000"),
+    ({"x" * 501: np.zeros(3)}, "has a name of 501 characters, expected 500 bytes"),
+    ({"ü" * 251: np.zeros(3)}, "has a name of 251 characters, expected 500 bytes"),
     ({"a.npy": header("'ab'")}, "it is not a whole .npz file"),
     ({"a.npy": header((16,), descr="O")}, "its entry 'a' holds pickled objects"),
     ({"__fastrnn__": np.array("{")}, "its entry '__fastrnn__' is not JSON"),
     ({"__fastrnn__": np.array("[" * 9999)}, "its entry '__fastrnn__' is not JSON"),
+    ({"__fastrnn__": np.array('{"a": 1' + "0" * 1000 + "}")}, "is not JSON (a number has 1001 digits)"),
     ({"__fastrnn__": np.array("[1]")}, "its entry '__fastrnn__' is not a JSON object"),
     ({"__fastrnn__": np.array(["{}"])}, "its entry '__fastrnn__' is not a short text"),
     ({"__fastrnn__": np.zeros(3)}, "its entry '__fastrnn__' is not a short text"),
@@ -306,15 +313,139 @@ def test_a_million_names_make_a_short_message(tmp_path):
     assert len(str(caught.value)) < 2000
 
 
+def deflated(path, *pieces, **sizes):
+    """Write a deflated zip, each entry of a beginning and so many zeros."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for (name, zeros), begin in zip(sizes.items(), pieces, strict=True):
+            with archive.open(f"{name}.npy", "w") as stream:
+                stream.write(begin)
+                for at in range(0, zeros, 1 << 24):
+                    stream.write(bytes(min(1 << 24, zeros - at)))
+    return path
+
+
+MEASURED = """
+import resource, sys, time
+import fastrnn
+layer = fastrnn.GRU(3, 5)
+before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+try:
+    {load}
+except ValueError as error:
+    print(error)
+grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+print(grown * (1 if sys.platform == "darwin" else 1024), time.process_time() - start)
+"""
+
+
+def measured(load, *arguments):
+    """Return what loading in a process of its own says, by how much its memory grows and how long it computes."""
+    command = [sys.executable, "-c", MEASURED.format(load=load), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    *said, numbers = done.stdout.splitlines()
+    return "\n".join(said), *map(float, numbers.split())
+
+
+def test_a_header_is_not_read_because_it_says_that_it_is_long(tmp_path):
+    size = 1 << 29
+    path = deflated(tmp_path / "a.npz", b"\x93NUMPY\x02\x00" + struct.pack("<I", size), weight_ih_l0=size)
+    assert path.stat().st_size < 1 << 20
+    for load in ("layer.load(sys.argv[1])", "layer.load(sys.argv[1], strict=False)", "fastrnn.load(sys.argv[1])"):
+        said, grown, _ = measured(load, path)
+        assert "the header of its entry 'weight_ih_l0' has 536870912 bytes, expected at most 10000" in said
+        assert grown < 20 << 20
+
+
+def test_no_more_is_unpacked_than_the_size_that_was_agreed_on(tmp_path):
+    """An entry that says 8320 bytes, more than `zipfile` unpacks for a header, and unpacks to half a gigabyte."""
+    size = 1 << 29
+    path = deflated(tmp_path / "a.npz", header((2048,))[:128], bias_ih_l0=size)
+    content, true = path.read_bytes(), struct.pack("<I", 128 + size)
+    assert content.count(true) == 2  # in the list of entries, and behind the entry
+    path.write_bytes(content.replace(true, struct.pack("<I", 128 + 8192)))
+    for load in ("fastrnn.weights.read(sys.argv[1])", "layer.load(sys.argv[1], strict=False)"):
+        said, grown, _ = measured(load, path)
+        assert "a.npz" in said
+        assert grown < 20 << 20
+
+
+@pytest.mark.parametrize("entries", [10_001, 200_000])
+def test_too_many_entries(tmp_path, entries):
+    path = tmp_path / "a.npz"
+    record = header((16,))
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("0.npy", record)
+        first = archive.filelist[0]
+        for i in range(1, entries):  # all are the first one's bytes
+            archive.filelist.append(copy.copy(first))
+            archive.filelist[-1].filename = f"{i}.npy"
+        archive._didModify = True
+    for load in ("layer.load(sys.argv[1], strict=False)", "fastrnn.load(sys.argv[1])"):
+        said, _, seconds = measured(load, path)
+        assert re.search(f"it has {entries} entries, expected at most 10000|its list of entries has \\d+ bytes", said)
+        assert seconds < 1
+
+
+def test_as_many_entries_as_there_may_be(tmp_path):
+    arrays = {f"{'x' * 490}{i}": np.zeros(1, np.float32) for i in range(9_999)}
+    for ending in ENDINGS:
+        if ending == ".safetensors":
+            pytest.importorskip("safetensors", reason="safetensors is not installed")
+        weights.write(tmp_path / f"a{ending}", arrays)
+        assert len(small().load(tmp_path / f"a{ending}", strict=False).unexpected_keys) == 9_999
+
+
+def test_a_long_header_of_safetensors(tmp_path):
+    pytest.importorskip("safetensors", reason="safetensors is not installed")
+    path = tmp_path / "a.safetensors"
+    entry = '"{}": {{"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}'
+    text = "{" + ", ".join(entry.format(i) for i in range(120_000)) + "}"
+    path.write_bytes(struct.pack("<Q", len(text)) + text.encode())
+    refuse(path, f"its list of entries has {len(text)} bytes, expected at most 6291456")
+    text = "{" + ", ".join(entry.format(i) for i in range(10_001)) + "}"
+    path.write_bytes(struct.pack("<Q", len(text)) + text.encode())
+    refuse(path, "it has 10001 entries, expected at most 10000")
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_other_ways_to_compress(tmp_path, method):
+    with zipfile.ZipFile(tmp_path / "a.npz", "w", method) as archive:
+        archive.writestr("a.npy", header((16,)))
+    refuse(tmp_path / "a.npz", "its entry 'a' is compressed in a way that np.savez_compressed does not have")
+
+
+def test_nothing_is_written_that_could_not_be_read(tmp_path, ending):
+    path, one = tmp_path / f"a{ending}", np.zeros(1, np.float32)
+    for arrays, meta, message in (
+        ({str(i): one for i in range(10_000)}, {}, "it has 10001 entries, expected at most 10000"),
+        ({"x" * 501: one}, {}, "has a name of 501 characters, expected 500 bytes"),
+        ({"a": one}, {"text": "x" * (1 << 16)}, "its entry '__fastrnn__' is not a short text"),
+    ):
+        with pytest.raises(ValueError, match=f"cannot be written, as it could not be loaded: .*{message}"):
+            weights.write(path, arrays, meta)
+    assert os.listdir(tmp_path) == []
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"format": 2}, "its format is 2, expected 1"),
         ({"format": None}, "its format is None, expected 1"),
+        ({"format": True}, "its format is True, expected 1"),
+        ({"format": 1.0}, "its format is 1.0, expected 1"),
         ({"cell": "transformer"}, "its cell is 'transformer', expected one of rnn_tanh"),
         ({"cell": ["gru"]}, "its cell is ['gru'], expected one of rnn_tanh"),
         ({"cell": "lstm"}, "weight_ih_l0 has shape (15, 3), expected (20, 3)"),
         ({"hidden_size": "5"}, "the architecture that it tells is wrong: hidden_size is '5'"),
+        ({"hidden_size": 5.0}, "the architecture that it tells is wrong: hidden_size is 5.0"),
+        ({"num_layers": True}, "the architecture that it tells is wrong: num_layers is True"),
+        ({"proj_size": False}, "the architecture that it tells is wrong: proj_size is False"),
+        ({"bias": 1}, "the architecture that it tells is wrong: bias is 1"),
+        ({"bidirectional": 0.0}, "the architecture that it tells is wrong: bidirectional is 0.0"),
+        ({"batch_first": 0}, "the architecture that it tells is wrong: batch_first is 0"),
+        ({"dropout": False}, "the architecture that it tells is wrong: dropout is a bool"),
+        ({"dtype": True}, "the architecture that it tells is wrong: dtype is True"),
         ({"hidden_size": -5}, "the architecture that it tells is wrong: hidden_size is -5"),
         ({"hidden_size": 10**30}, "weight_ih_l0 has shape (15, 3), expected (3"),
         ({"num_layers": 10**9}, "it has 4 arrays, and the layer that it tells of has 4000000000"),
@@ -343,9 +474,11 @@ def test_hostile_architecture(change, message, tmp_path, ending):
     layer.load(path)  # which knows its own
 
 
-def test_long_architecture(tmp_path, ending):
+def test_long_architecture(tmp_path, ending, monkeypatch):
     path, layer = tmp_path / f"a{ending}", small()
-    weights.write(path, layer.parameters, {"text": "x" * (1 << 16)})
+    with monkeypatch.context() as patch:
+        patch.setattr(weights, "_META_BYTES", 1 << 20)
+        weights.write(path, layer.parameters, {"text": "x" * (1 << 16)})
     refuse(path, "its entry '__fastrnn__' is not a short text", layer)
 
 
