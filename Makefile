@@ -17,7 +17,7 @@ SUITE = compare limits growth memory start disturbed training
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input
 
-.PHONY: help demo examples test test-all test-gpu bench bench-gpu bench-layers bench-report check clean
+.PHONY: help demo examples test test-all test-gpu test-arm bench bench-gpu bench-layers bench-report check clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -37,6 +37,9 @@ test-all: $(VENV)/.test-all ## run the tests with every optional package: PyTorc
 
 test-gpu: $(VENV)/.test-all ## run the tests that need an NVIDIA GPU
 	@$(BIN)/python -m pytest tests -m gpu -rs $(ARGS)
+
+test-arm: $(VENV)/.test ## run a few tests on an emulated 64-bit ARM processor, on Linux with apt (ARGS=tests/test_kernels.py: those)
+	@VENV=$(VENV) tests/arm.sh $(ARGS)
 
 bench: $(VENV)/.test-all ## measure everything, beside PyTorch, ONNX Runtime and JAX (half an hour; ARGS=--quick: 3 minutes)
 	@for script in $(SUITE); do $(BIN)/python benchmarks/$$script.py $(ARGS) || exit; done
