@@ -8,10 +8,8 @@
 #
 # Arguments go to pytest; without any, a few tests run. Emulation is slow: tests of how long something takes fail.
 # Variables:
-#   ARM_ROOT     the folder, made once (build/arm); ARM_ROOT/cache is Numba's cache
-#   ARM_CELLS    whose kernels to compile on this machine beforehand (lstm gru); others are compiled when a test needs them.
-#                Numba's cache is found only by the same Python, 3.11 for Debian 12 and so on
-#   ARM_DTYPES   for which numbers (float32); or float32,float64
+#   ARM_ROOT     the folder, made once (build/arm); ARM_ROOT/cache is where kernels are kept that are compiled there
+#   ARM_CELLS    whose kernels to compile on this machine beforehand (lstm gru); others are compiled when a test needs them
 #   ARM_SOURCES  a file for apt, .list or .sources, that names packages for arm64, where this machine's own do not (Ubuntu's)
 #   VENV         the environment with what the tests need (.venv)
 set -euo pipefail
@@ -122,31 +120,23 @@ for line in requires("fastrnn"):
     if marker.strip() in ("", 'extra == "test"'):
         print(requirement)
 END
-    # Of the same Python, the same versions: only those find what is compiled here.
-    : >"$root/constraints.txt"
-    if [ "$(version "$here")" = "$version" ]; then
-        "$here" -m pip freeze | grep -E '^(numpy|numba|llvmlite)==' >"$root/constraints.txt"
-    fi
     "$here" -m pip install --quiet --disable-pip-version-check --no-input --only-binary=:all: \
         --python-version "$version" $(printf -- '--platform manylinux_2_%s_aarch64 ' {28..17}) \
-        --target "$site" --requirement "$root/requirements.txt" --constraint "$root/constraints.txt"
+        --target "$site" --requirement "$root/requirements.txt"
     touch "$root/.wheels"
 fi
-# The sources stay where they are: the same editable installation as here, and so the same paths in Numba's cache.
+# The sources stay where they are: the same editable installation as here.
 rm -rf "$site"/*fastrnn*
 cp -r "${VENV:-.venv}"/lib/python*/site-packages/*fastrnn* "$site"
 echo "import sys; sys.executable = '$there'" >"$site/zz_fastrnn_executable.pth"
 
-# ---- kernels, compiled on this machine
+# ---- kernels, compiled on this machine: the very library that wheels carry
 
-export NUMBA_CACHE_DIR=$root/cache
-if [ "$(version "$here")" != "$version" ]; then
-    echo "Kernels are compiled under emulation: Python is $version there, and $(version "$here") in ${VENV:-.venv}"
-elif [ ${#cells[@]} -gt 0 ]; then
-    echo "Compiling kernels: ${cells[*]}"
-    machine=$("$there" -c 'from llvmlite import binding as b
-print(b.get_process_triple(), b.get_host_cpu_name(), b.get_host_cpu_features().flatten())')
-    "$here" tests/arm_kernels.py $machine "${ARM_DTYPES:-float32}" "${cells[@]}"
+export NUMBA_CACHE_DIR=$root/cache FASTRNN_SHIPPED=0
+if [ ${#cells[@]} -gt 0 ]; then
+    "$here" -m pip install --quiet --disable-pip-version-check --no-input ziglang
+    "$here" -m fastrnn.kernels.shipped.build --target linux-aarch64 --cells "${cells[@]}"
+    export FASTRNN_SHIPPED=linux-aarch64
 fi
 
 # ---- the tests

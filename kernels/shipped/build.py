@@ -52,9 +52,7 @@ def write_objects(target_name, cells, folder, part):
         passes.run(module, binding.create_pass_builder(machine, tuning))  # drops what nobody calls
         undefined = {f.name for f in module.functions if f.is_declaration and not f.name.startswith("llvm.")}
         if not undefined <= ALLOWED:
-            raise RuntimeError(
-                f"{symbol} calls {sorted(undefined - ALLOWED)}, which a library on its own does not have"
-            )
+            raise RuntimeError(f"{symbol} calls {sorted(undefined - ALLOWED)}, which no library has here")
         (folder / f"{symbol}.o").write_bytes(machine.emit_object(module))
         print(f"{target_name}: {symbol}", flush=True)
 
@@ -102,8 +100,8 @@ def link(target_name, objects) -> Path:
 
 
 def build(targets, cells) -> dict:
-    """Make the libraries and the manifest, which is returned."""
-    libraries = {}
+    """Make the libraries and the manifest, which is returned. Others of the same sources stay."""
+    libraries = _libraries_that_stay()
     for name in targets:
         with tempfile.TemporaryDirectory() as folder:
             command = [sys.executable, "-m", "fastrnn.kernels.shipped.build", "--objects", folder, "--target", name]
@@ -111,7 +109,8 @@ def build(targets, cells) -> dict:
                 subprocess.Popen([*command, "--part", str(part), "--cells", *cells], env=_environment(TARGETS[name]))
                 for part in range(WORKERS)
             ]
-            if any([worker.wait() for worker in workers]):
+            ends = [worker.wait() for worker in workers]
+            if any(ends):
                 raise SystemExit(f"{name} could not be compiled")
             path = link(name, sorted(Path(folder).glob("*.o")))
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -120,6 +119,14 @@ def build(targets, cells) -> dict:
     manifest = {"sources": CHECKSUM, "libraries": libraries}
     MANIFEST.write_text(json.dumps(manifest, indent=1) + "\n")
     return manifest
+
+
+def _libraries_that_stay() -> dict:
+    try:
+        manifest = json.loads(MANIFEST.read_text())
+        return manifest["libraries"] if manifest["sources"] == CHECKSUM else {}
+    except (OSError, ValueError, KeyError):
+        return {}
 
 
 def main(arguments=None) -> None:
