@@ -231,6 +231,9 @@ class Plan:
             job["buffer_places"], job["output_places"], job["tape_places"] = own.buffer, own.output, own.tape
         self.jobs.records["counts"] = [array.size for array in prepared.arrays]
         self.look_at(prepared.arrays)
+        # The shortest way to a run of the first job.
+        self.write = functools.partial(RUN.pack_into, self.jobs.bytes, 0)
+        self.run = functools.partial(kernel.function, *kernel.prefix, self.jobs.addresses[0])
 
     def look_at(self, arrays):
         """These are the parameters, whose checksum is taken."""
@@ -381,11 +384,9 @@ class Prepared:
                 if type(s) is ndarray and s.dtype is dtype and s.ndim == 3
             ]
             if len(final) == len(state) == len(shapes):
-                output, jobs, kernel = empty(plan.output_shape, dtype), plan.jobs, plan.kernel
-                record = jobs.write(
-                    0, 1, id(x), id(output), id(state[0]), id(state[-1]), id(final[0]), id(final[-1]), 1, 0, steps
-                )
-                if kernel.function(*kernel.prefix, record) == DONE:
+                output = empty(plan.output_shape, dtype)
+                plan.write(1, id(x), id(output), id(state[0]), id(state[-1]), id(final[0]), id(final[-1]), 1, 0, steps)
+                if plan.run() == DONE:
                     result = output, tuple(final)
         plans.append(plan)
         return result

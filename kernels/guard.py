@@ -20,14 +20,20 @@ addresses: dict[np.dtype, tuple[str, ...]] = {}  # by a record's type, its field
 _owners: dict[int, weakref.ref] = {}  # by address, the array that owns the memory there
 
 
-def note(array: np.ndarray, address: int) -> int:
-    """`address`, which a record is about to hold: that of `array`."""
-    if not array.flags.c_contiguous:
-        raise AssertionError(f"an array of shape {array.shape} and strides {array.strides} is not contiguous")
-    while isinstance(array.base, np.ndarray):
-        array = array.base
-    _owners[address] = weakref.ref(array)
-    return address
+def noting(address):
+    """`address`, a function that gives that of an array, with a note of whose it is."""
+
+    @functools.wraps(address)
+    def noted(array: np.ndarray) -> int:
+        if not array.flags.c_contiguous:
+            raise AssertionError(f"an array of shape {array.shape} and strides {array.strides} is not contiguous")
+        place = address(array)
+        while isinstance(array.base, np.ndarray):
+            array = array.base
+        _owners[place] = weakref.ref(array)
+        return place
+
+    return noted
 
 
 def _is_alive(address: int) -> bool:

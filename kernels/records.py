@@ -26,15 +26,14 @@ Words = ctypes.c_int64 * 20  # room for a short record
 
 def address(array) -> int:
     """Where the numbers of a contiguous array are; 0 if it has none."""
-    if not array.size:
-        return 0
-    place = _word_at(id(array) + HEAD).value
-    return guard.note(array, place) if guard.ENABLED else place
+    return _word_at(id(array) + HEAD).value if array.size else 0
 
 
 _probe = np.zeros(1)
 if _word_at(id(_probe) + HEAD).value != _probe.__array_interface__["data"][0]:
     raise ImportError("this NumPy keeps arrays in another way than fastrnn knows: please report its version")
+if guard.ENABLED:
+    address = guard.noting(address)
 
 
 def _fields(text: str) -> list:

@@ -332,6 +332,19 @@ def first_of(typingctx, like, values):
     return types.UniTuple(values.dtype, len(like))(like, values), emit
 
 
+@intrinsic
+def pick(typingctx, values, i):
+    """values[i] of a tuple of one type, where i is known to be one of its places: nothing is raised."""
+
+    def emit(context, builder, sig, args):
+        first, *others = cgutils.unpack_tuple(builder, args[0])
+        for place, other in enumerate(others, 1):
+            first = builder.select(builder.icmp_signed("==", args[1], ir.Constant(INT64, place)), other, first)
+        return first
+
+    return values.dtype(values, types.intp), emit
+
+
 def emit_prefetch(builder, pointer):
     """Ask for the cache line at `pointer`, without waiting for it."""
     byte = ir.IntType(8).as_pointer()

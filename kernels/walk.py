@@ -33,6 +33,7 @@ from fastrnn.kernels.simd import (
     load,
     load_each,
     numbers_at,
+    pick,
     prefetch,
     record_at,
     spread,
@@ -222,7 +223,7 @@ def _begin(size, walk, initial, values, s, row0, row1):
             source = number_of(walk, size, 0, row) * count
             for s2 in range(s, s + (size.slots if walk.reverse else 1)):
                 place = ((v * size.slots + s2 % size.slots) * size.batch + row) * size.ld
-                _copy(initial[v], source, values, place, count)
+                _copy(pick(initial, v), source, values, place, count)
 
 
 @register_jitable
@@ -240,7 +241,7 @@ def _leave(size, walk, values, now, final, row0, row1):
         count = size.h if v == 0 else size.hidden
         for row in range(row0, row1):
             place = v * size.slots * size.batch * size.ld + now + row * size.ld
-            _copy(values, place, final[v], number_of(walk, size, 0, row) * count, count)
+            _copy(values, place, pick(final, v), number_of(walk, size, 0, row) * count, count)
 
 
 @register_jitable
@@ -437,7 +438,7 @@ def _gather_previous(size, walk, way, s, row, q):
         if is_reset(walk, number):
             clear(way.previous, to, size.ld)
         elif begins:
-            _copy(way.initial[v], (number - t * size.batch) * count, way.previous, to, count)
+            _copy(pick(way.initial, v), (number - t * size.batch) * count, way.previous, to, count)
         elif v == 0:
             _copy(walk.output, earlier * walk.output_row + walk.column, way.previous, to, count)
         else:
@@ -550,8 +551,8 @@ def _begin_back(size, walk, way, s, row0, row1):
         for row in range(row0, row1):
             for s2 in range(s, s + (size.slots if given(walk.active) else 1)):
                 to = (s2 % size.slots * size.batch + row) * size.ld
-                if given(way.d_final[v]):
-                    _copy(way.d_final[v], number_of(walk, size, 0, row) * count, buffer, to, count)
+                if given(pick(way.d_final, v)):
+                    _copy(pick(way.d_final, v), number_of(walk, size, 0, row) * count, buffer, to, count)
                 else:
                     clear(buffer, to, count)
 
@@ -567,7 +568,7 @@ def _leave_back(size, walk, way, s, step, row0, row1):
         buffer = way.dh if v == 0 else way.carried
         for row in range(row0 + min(more, step.rows), row0 + step.rows):
             to = number_of(walk, size, 0, row) * count
-            _copy(buffer, step.now + row * size.ld, way.d_initial[v], to, count)
+            _copy(buffer, step.now + row * size.ld, pick(way.d_initial, v), to, count)
 
 
 @kernel
