@@ -11,13 +11,16 @@ FRAMEWORKS = torch==2.13.0 expecttest onnx==1.23.2 'dask[array]==2026.8.0' $(for
 LINUX = sys_platform == "linux" and python_version >= "3.11"
 CUDA = 'numba-cuda[cu13]>=0.28,<1; $(LINUX)' 'nvidia-cuda-nvdisasm>=13,<14; $(LINUX)'
 
+# Linkers for every system, of the machine code that a wheel carries.
+LINKERS = 'ziglang>=0.13'
+
 # What `make bench` measures, each merged into benchmarks/results/<machine>.json.
 SUITE = compare limits growth memory start disturbed training
 
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input
 
-.PHONY: help demo examples test test-all test-gpu test-arm bench bench-gpu bench-layers bench-report check clean
+.PHONY: help demo examples test test-all test-gpu test-arm bench bench-gpu bench-layers bench-report check wheel clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -59,8 +62,13 @@ check: $(VENV)/.check ## lint, formatting and types
 	@$(BIN)/ruff format --check
 	@$(BIN)/mypy
 
+wheel: $(VENV)/.wheel ## make the wheel, with machine code for x86-64-v3, x86-64-v4 and 64-bit ARM (some minutes), in dist/
+	@FASTRNN_SHIPPED=0 $(BIN)/python -m fastrnn.kernels.shipped.build $(ARGS)
+	@$(PIP) --upgrade pip && $(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	@ls -l dist/*.whl
+
 clean: ## remove the environment and everything that was built
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) build dist kernels/shipped/*.so kernels/shipped/*.dylib kernels/shipped/manifest.json *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find fastrnn kernels tests benchmarks examples -name __pycache__ -prune -exec rm -rf {} +
 
 # One stamp for each set of packages: newer than pyproject.toml means that it is installed.
@@ -83,7 +91,12 @@ $(VENV)/.test: $(VENV)/.installed
 
 $(VENV)/.test-all: $(VENV)/.test
 	@echo 'Installing the optional packages into $(VENV) (once)'
-	@$(PIP) --editable '.[test,bench,examples,safetensors]' $(FRAMEWORKS) $(CUDA)
+	@$(PIP) --editable '.[test,bench,examples,safetensors]' $(FRAMEWORKS) $(CUDA) $(LINKERS)
+	@touch $@
+
+$(VENV)/.wheel: $(VENV)/.installed
+	@echo 'Installing linkers into $(VENV) (once)'
+	@$(PIP) $(LINKERS)
 	@touch $@
 
 $(VENV)/.check: $(VENV)/.installed

@@ -44,7 +44,11 @@ def names(wheel):
 def test_wheel_holds_every_module_and_the_typing_marker(names):
     expected = [f"fastrnn/{path.name}" for path in (ROOT / "fastrnn").glob("*.py")]
     expected += [f"fastrnn/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")]
-    expected += [f"fastrnn/kernels/cuda/{path.name}" for path in (ROOT / "kernels" / "cuda").glob("*.py")]
+    expected += [
+        f"fastrnn/kernels/{folder}/{path.name}"
+        for folder in ("cuda", "shipped")
+        for path in (ROOT / "kernels" / folder).glob("*.py")
+    ]
     expected += ["fastrnn/py.typed"]
     assert {"fastrnn/__init__.py", "fastrnn/__main__.py", "fastrnn/kernels/__init__.py"} < set(expected)
     assert "fastrnn/kernels/cuda/text.py" in expected
