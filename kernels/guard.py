@@ -17,7 +17,7 @@ import numpy as np
 ENABLED = os.environ.get("FASTRNN_CHECK_CALLS", "0") not in ("", "0")
 
 addresses: dict[np.dtype, tuple[str, ...]] = {}  # by a record's type, its fields that hold some
-_owners: dict[int, weakref.ref] = {}  # by address, the array that owns the memory there
+_owners: dict[int, list] = {}  # by address, references to the arrays that keep the memory there alive
 
 
 def noting(address):
@@ -30,15 +30,16 @@ def noting(address):
         place = address(array)
         while isinstance(array.base, np.ndarray):
             array = array.base
-        _owners[place] = weakref.ref(array)
+        # Several may: each time that a tensor's memory is seen as an array, it is another one.
+        others = [owner for owner in _owners.get(place, ()) if owner() is not None and owner() is not array]
+        _owners[place] = [*others, weakref.ref(array)]
         return place
 
     return noted
 
 
 def _is_alive(address: int) -> bool:
-    owner = _owners.get(address)
-    return owner is not None and owner() is not None
+    return any(owner() is not None for owner in _owners.get(address, ()))
 
 
 def check_record(dtype: np.dtype, place: int) -> None:
