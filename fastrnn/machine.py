@@ -84,8 +84,8 @@ def cache_files() -> list[Path]:
     if folder is None:
         return []
     modules = [path.stem for place in kernels.__path__ for path in Path(place).glob("*.py")]
-    # Compiled code, what Numba itself kept before, and what a process was writing when it was killed.
-    found = (folder.glob(f"{module}.*.nb[ic]{end}") for module in modules for end in ("", ".tmp.*"))
+    # Compiled code, what Numba itself kept before, and what a process was writing, or held locked, when it was killed.
+    found = (folder.glob(f"{module}.*.nb[ic]{end}") for module in modules for end in ("", ".tmp.*", ".lock"))
     return sorted(path for files in found for path in files)
 
 
