@@ -207,11 +207,10 @@ def train(model: Sequential, corpus: Corpus, epochs: int, seconds: float, progre
 
 @dataclass
 class Comparison:
-    """Medians over pairs of training steps, in seconds, and of the quotient of a pair."""
+    """The seconds of two training steps, the pair of `pairs` that stands in the middle by their quotient."""
 
     fast: float
     slow: float
-    ratio: float
     pairs: int
 
 
@@ -243,8 +242,10 @@ def compare_with_reference(corpus: Corpus, hidden: int, steps: int = 25, seconds
     times, losses = np.moveaxis(np.array(taken), 2, 0)
     if not np.allclose(losses[:, 0], losses[:, 1], rtol=1e-2):  # rounding differs, and grows from step to step
         raise RuntimeError(f"the losses are {losses[:, 0]}, with the NumPy reference {losses[:, 1]}")
-    fast, slow = times[WARM_UP:].T
-    return Comparison(float(np.median(fast)), float(np.median(slow)), float(np.median(slow / fast)), len(fast))
+    # Medians of either side alone would be of different moments: on a busy machine their quotient is anything.
+    pairs = sorted(times[WARM_UP:].tolist(), key=lambda pair: pair[1] / pair[0])
+    fast, slow = pairs[len(pairs) // 2]
+    return Comparison(fast, slow, len(pairs))
 
 
 # ---- the whole
@@ -262,13 +263,20 @@ def start_anew_with_resting_blas() -> None:
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
-COMPILE_BACKWARD = "import numpy; from fastrnn.kernels import native; native.find('backward', numpy.dtype('f4'), 'gru')"
+def compile_backward() -> None:
+    """Compile what a training step needs besides the way forth, or find that it is compiled."""
+    from fastrnn.kernels import native
+
+    dtype = np.dtype(np.float32)
+    native.find("backward", dtype, "gru")
+    for name in ("weight_gradient", "bias_gradient"):
+        native.find(name, dtype)
 
 
 def wait_for_kernels(model: Sequential, pair: Pair) -> None:
     """Run the model once, and say what is waited for.
 
-    Where kernels are compiled, another process begins with that of the way back; once it is needed, it is in the cache.
+    Where kernels are compiled, another process compiles those of the way back meanwhile; this one then finds them.
     """
     from fastrnn.kernels import notice, shipped
 
@@ -276,7 +284,8 @@ def wait_for_kernels(model: Sequential, pair: Pair) -> None:
     if shipped.load() is None:
         print("Compiling kernels for this processor (some seconds, once: they are kept)", end=" ... ", flush=True)
         if (os.cpu_count() or 1) > 1:
-            other = subprocess.Popen([sys.executable, "-c", COMPILE_BACKWARD], stderr=subprocess.DEVNULL)
+            program = "from fastrnn import demo; demo.compile_backward()"
+            other = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.DEVNULL)
     else:
         print("Loading kernels", end=" ... ", flush=True)
     with notice.silence():
@@ -285,6 +294,12 @@ def wait_for_kernels(model: Sequential, pair: Pair) -> None:
     print(f"{time.perf_counter() - start:.1f} s", flush=True)
     if other is not None:
         other.wait()
+
+
+def is_busy() -> bool:
+    """Whether many more threads want to run than this program has, where the system tells."""
+    cores = os.cpu_count() or 1
+    return hasattr(os, "getloadavg") and os.getloadavg()[0] > 1.5 * cores + 1
 
 
 def read_text(path: Path | None) -> str:
@@ -354,9 +369,11 @@ def run(epochs: int = 6, hidden: int = 256, seconds: float = 60.0, text: Path | 
     print(f"It writes, at {speed:,.0f} characters/s:\n")
     print(textwrap.indent(written.expandtabs(4), "    ") + "\n")
     found = compare_with_reference(corpus, hidden)
+    if is_busy():
+        print("Other programs keep this machine busy: times, and how they compare, swing.")
     print(
         f"One training step of {BATCH * WINDOW:,} characters: {1e3 * found.fast:.1f} ms. "
-        f"With NumPy alone: {1e3 * found.slow:.1f} ms, {found.ratio:.1f} times as long "
-        f"(medians of {found.pairs} steps of each, in turn)."
+        f"With NumPy alone, just after it: {1e3 * found.slow:.1f} ms, {found.slow / found.fast:.1f} times as long "
+        f"(the middle one of {found.pairs} pairs)."
     )
     return 0
