@@ -248,6 +248,13 @@ def compare_with_reference(corpus: Corpus, hidden: int, steps: int = 25, seconds
     return Comparison(fast, slow, len(pairs))
 
 
+def epochs_in_time(corpus: Corpus, hidden: int, epochs: int, seconds: float) -> int:
+    """`epochs`, or as many as seem to fit into nine tenths of `seconds`: the learning rate is to come down in time."""
+    learner, pairs = Learner(len(corpus.vocabulary), hidden, None), windows(corpus.training)
+    step = float(np.median([learner.step(pair)[0] for pair in pairs[:9]]))
+    return max(1, min(epochs, int(0.9 * seconds / (step * len(pairs)))))
+
+
 # ---- the whole
 
 
@@ -327,7 +334,7 @@ def run(epochs: int = 6, hidden: int = 256, seconds: float = 60.0, text: Path | 
     Parameters
     ----------
     epochs
-        How often the text is read; fewer where `seconds` are over before.
+        How often the text is read; fewer where `seconds` do not suffice.
     hidden
         Hidden units of the GRU.
     seconds
@@ -357,7 +364,10 @@ def run(epochs: int = 6, hidden: int = 256, seconds: float = 60.0, text: Path | 
     print(f"Model: GRU with {hidden} hidden units, {count:,} parameters, on {threads} threads")
 
     wait_for_kernels(model, windows(corpus.training)[0])
-    reached = train(model, corpus, epochs, seconds, Progress(sys.stdout))
+    fitting = epochs_in_time(corpus, hidden, epochs, seconds)
+    if fitting < epochs:
+        print(f"About {fitting} of {epochs} epochs fit into {seconds:g} s here")
+    reached = train(model, corpus, fitting, seconds, Progress(sys.stdout))
     print(
         f"Trained on {reached.characters:,} characters in {reached.seconds:.1f} s: "
         f"{reached.characters / max(reached.seconds, 1e-9):,.0f} characters/s"

@@ -90,6 +90,13 @@ def test_training_stops_when_its_time_is_over(corpus):
     assert "1e-09 s are over in epoch 1" in printed
 
 
+@pytest.mark.parametrize(("seconds", "epochs"), [(1e-3, 1), (29.0, 1), (56.0, 2), (1e6, 6)])
+def test_as_many_epochs_as_fit(corpus, seconds, epochs, monkeypatch):
+    share = 25.0 / len(demo.windows(corpus.training))
+    monkeypatch.setattr(demo.Learner, "step", lambda learner, pair: (share, 1.0))
+    assert demo.epochs_in_time(corpus, 8, 6, seconds) == epochs
+
+
 def test_interrupted_training_tells_what_it_reached(corpus, monkeypatch):
     steps = []
 
