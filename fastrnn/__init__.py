@@ -73,7 +73,9 @@ def warmup(
 ) -> dict[str, float]:
     """Compile ahead, or load from the cache, what a first call would have to wait for.
 
-    After it no call compiles, in this process or in those that find its cache, but for `recurrent_masks`.
+    After it no call compiles, in this process or in those that find its cache, but for `recurrent_masks`. Where the
+    package carries machine code for this processor, as wheels do, there is nothing to compile: the line "kernels" of
+    ``python -m fastrnn info`` says so, or why not. Of processes that begin at once one compiles, and the others wait.
 
     Parameters
     ----------

@@ -53,7 +53,7 @@ def bench(options: argparse.Namespace) -> int:
 
 
 def info(options: argparse.Namespace) -> int:
-    """Print versions, processor, threads, cache and GPU."""
+    """Print versions, processor, kernels, threads, cache and GPU."""
     from fastrnn import machine
 
     for name, value in machine.describe().items():
@@ -109,7 +109,7 @@ def parser() -> argparse.ArgumentParser:
     commands = whole.add_subparsers(required=True, metavar="command")
 
     command = commands.add_parser("demo", help="train a character-level language model and let it write")
-    command.add_argument("--epochs", type=positive_integer, default=8, metavar="N", help="how often the text is read")
+    command.add_argument("--epochs", type=positive_integer, default=6, metavar="N", help="how often the text is read")
     command.add_argument("--hidden", type=positive_integer, default=256, metavar="N", help="hidden units of the GRU")
     command.add_argument(
         "--seconds", type=positive_number, default=60.0, metavar="S", help="longest time for the training"
@@ -140,7 +140,11 @@ def parser() -> argparse.ArgumentParser:
     command.set_defaults(run=warmup)
 
     for name, function, text in (
-        ("info", info, "versions, processor, threads, cache and GPU"),
+        (
+            "info",
+            info,
+            "versions, processor, kernels (compiled, or machine code of the package), threads, cache and GPU",
+        ),
         ("clear-cache", clear_cache, "remove the compiled kernels"),
     ):
         commands.add_parser(name, help=text).set_defaults(run=function)

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import importlib.abc
 import importlib.util
-import multiprocessing
 import os
+import subprocess
 import sys
 import textwrap
 import time
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -48,6 +47,7 @@ EMBEDDING = 64
 LEARNING_RATE, BETAS, CLIP = 4e-3, (0.9, 0.99), 1.0
 SHORTEST = 50_000  # characters: with less, the part for validation is too short for a window
 PROMPT, TEMPERATURE = "def ", 0.7
+WARM_UP, LEAST_PAIRS = 2, 5  # steps beside the reference that are not timed, and that are in any case
 BLAS_WAIT = "OPENBLAS_THREAD_TIMEOUT"  # how long OpenBLAS' threads spin: the logarithm of a number of cycles
 
 Pair = tuple[np.ndarray, np.ndarray]  # inputs and targets, (BATCH, WINDOW)
@@ -127,24 +127,31 @@ def train_step(model: Sequential, optimizer: Optimizer, pair: Pair, state: Any) 
 
 
 class Progress:
-    """Tells how far a training is: a bar that is written over on a terminal, the lines of the epochs elsewhere."""
+    """Tells how far a training is: a bar that is written over on a terminal, and lines now and then elsewhere."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
         self.live = stream.isatty()
-        self.shown = 0.0
+        self.shown = 0.0 if self.live else time.perf_counter()
+        self.pause = 0.1 if self.live else 1.0  # seconds; a first line soon, later ones seldom
 
     def show(self, share: float, text: str) -> None:
-        """Draw the bar anew, ten times a second at most."""
+        """Draw the bar anew, ten times a second at most; or write a line where none was written for a while."""
         now = time.perf_counter()
-        if self.live and now - self.shown > 0.1:
-            self.shown = now
+        if now - self.shown <= self.pause:
+            return
+        self.shown = now
+        if self.live:
             filled = int(24 * share)
             self.stream.write(f"\r\x1b[K  [{'#' * filled}{'.' * (24 - filled)}] {text}")
             self.stream.flush()
+        else:
+            self.pause = 10.0
+            self.line(f"  {text}")
 
     def line(self, text: str) -> None:
         """Write a line that stays."""
+        self.shown = 0.0 if self.live else time.perf_counter()
         self.stream.write(("\r\x1b[K" if self.live else "") + text + "\n")
         self.stream.flush()
 
@@ -198,36 +205,54 @@ def train(model: Sequential, corpus: Corpus, epochs: int, seconds: float, progre
 # ---- against the NumPy reference
 
 
-def seconds_per_step(backend: str | None, characters: int, hidden: int, pairs: list[Pair]) -> tuple[float, list[float]]:
-    """Median time of a training step of a new model, and the losses of all steps."""
-    model, optimizer = character_model(characters, hidden, backend=backend), Adam(LEARNING_RATE, BETAS)
-    seconds, losses, state = [], [], None
-    for pair in pairs:
+@dataclass
+class Comparison:
+    """The seconds of two training steps, the pair of `pairs` that stands in the middle by their quotient."""
+
+    fast: float
+    slow: float
+    pairs: int
+
+
+class Learner:
+    """A new model that takes one timed step after the other."""
+
+    def __init__(self, characters: int, hidden: int, backend: str | None) -> None:
+        self.model, self.optimizer = character_model(characters, hidden, backend=backend), Adam(LEARNING_RATE, BETAS)
+        self.state: Any = None
+
+    def step(self, pair: Pair) -> tuple[float, float]:
+        """The seconds that a step takes, and the loss before it."""
         start = time.perf_counter()
-        loss, state = train_step(model, optimizer, pair, state)
-        seconds.append(time.perf_counter() - start)
-        losses.append(loss)
-    return float(np.median(seconds[1:])), losses  # the first step is for warming up
+        loss, self.state = train_step(self.model, self.optimizer, pair, self.state)
+        return time.perf_counter() - start, loss
 
 
-def compare_with_reference(corpus: Corpus, hidden: int, steps: int = 12) -> tuple[float, float]:
-    """Seconds of a training step with fastrnn, and with the NumPy reference in its place.
+def compare_with_reference(corpus: Corpus, hidden: int, steps: int = 25, seconds: float = 10.0) -> Comparison:
+    """Training steps with fastrnn and with the NumPy reference, in turn: whatever disturbs the machine disturbs both.
 
-    The reference has a process of its own, in which the threads of NumPy's BLAS wait as long as they do by default:
-    that makes it faster, and fastrnn slower. Both must come to the same losses.
+    Both must come to the same losses. There are `steps` of each, or fewer where `seconds` are over before.
     """
-    work = len(corpus.vocabulary), hidden, windows(corpus.training)[:steps]
-    fast, losses = seconds_per_step(None, *work)
-    waiting = os.environ.pop(BLAS_WAIT, None)
-    try:
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as other:
-            slow, expected = other.submit(seconds_per_step, "reference", *work).result()
-    finally:
-        if waiting is not None:
-            os.environ[BLAS_WAIT] = waiting
-    if not np.allclose(losses, expected, rtol=1e-2):  # rounding differs, and grows from step to step
-        raise RuntimeError(f"the losses are {losses}, with the NumPy reference {expected}")
-    return fast, slow
+    learners = [Learner(len(corpus.vocabulary), hidden, backend) for backend in (None, "reference")]
+    begin, taken = time.perf_counter(), []
+    for pair in windows(corpus.training)[:steps]:
+        taken.append([learner.step(pair) for learner in learners])
+        if len(taken) >= WARM_UP + LEAST_PAIRS and time.perf_counter() - begin > seconds:
+            break
+    times, losses = np.moveaxis(np.array(taken), 2, 0)
+    if not np.allclose(losses[:, 0], losses[:, 1], rtol=1e-2):  # rounding differs, and grows from step to step
+        raise RuntimeError(f"the losses are {losses[:, 0]}, with the NumPy reference {losses[:, 1]}")
+    # Medians of either side alone would be of different moments: on a busy machine their quotient is anything.
+    pairs = sorted(times[WARM_UP:].tolist(), key=lambda pair: pair[1] / pair[0])
+    fast, slow = pairs[len(pairs) // 2]
+    return Comparison(fast, slow, len(pairs))
+
+
+def epochs_in_time(corpus: Corpus, hidden: int, epochs: int, seconds: float) -> int:
+    """`epochs`, or as many as seem to fit into nine tenths of `seconds`: the learning rate is to come down in time."""
+    learner, pairs = Learner(len(corpus.vocabulary), hidden, None), windows(corpus.training)
+    step = float(np.median([learner.step(pair)[0] for pair in pairs[:9]]))
+    return max(1, min(epochs, int(0.9 * seconds / (step * len(pairs)))))
 
 
 # ---- the whole
@@ -243,6 +268,45 @@ def start_anew_with_resting_blas() -> None:
     if os.name == "posix" and BLAS_WAIT not in os.environ:
         os.environ[BLAS_WAIT] = "16"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def compile_backward() -> None:
+    """Compile what a training step needs besides the way forth, or find that it is compiled."""
+    from fastrnn.kernels import native
+
+    dtype = np.dtype(np.float32)
+    native.find("backward", dtype, "gru")
+    for name in ("weight_gradient", "bias_gradient"):
+        native.find(name, dtype)
+
+
+def wait_for_kernels(model: Sequential, pair: Pair) -> None:
+    """Run the model once, and say what is waited for.
+
+    Where kernels are compiled, another process compiles those of the way back meanwhile; this one then finds them.
+    """
+    from fastrnn.kernels import notice, shipped
+
+    other, start = None, time.perf_counter()
+    if shipped.load() is None:
+        print("Compiling kernels for this processor (some seconds, once: they are kept)", end=" ... ", flush=True)
+        if (os.cpu_count() or 1) > 1:
+            program = "from fastrnn import demo; demo.compile_backward()"
+            other = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.DEVNULL)
+    else:
+        print("Loading kernels", end=" ... ", flush=True)
+    with notice.silence():
+        output, _, tape = model.forward(pair[0])
+        model.backward(tape, output)
+    print(f"{time.perf_counter() - start:.1f} s", flush=True)
+    if other is not None:
+        other.wait()
+
+
+def is_busy() -> bool:
+    """Whether many more threads want to run than this program has, where the system tells."""
+    cores = os.cpu_count() or 1
+    return hasattr(os, "getloadavg") and os.getloadavg()[0] > 1.5 * cores + 1
 
 
 def read_text(path: Path | None) -> str:
@@ -264,13 +328,13 @@ def write_and_time(model: Sequential, corpus: Corpus, length: int = 800) -> tupl
     return prompt + "".join(corpus.vocabulary[i] for i in written), length / seconds
 
 
-def run(epochs: int = 8, hidden: int = 256, seconds: float = 60.0, text: Path | None = None) -> int:
+def run(epochs: int = 6, hidden: int = 256, seconds: float = 60.0, text: Path | None = None) -> int:
     """Train, write and compare, and print what happens.
 
     Parameters
     ----------
     epochs
-        How often the text is read; fewer where `seconds` are over before.
+        How often the text is read; fewer where `seconds` do not suffice.
     hidden
         Hidden units of the GRU.
     seconds
@@ -299,12 +363,11 @@ def run(epochs: int = 8, hidden: int = 256, seconds: float = 60.0, text: Path | 
     count, threads = model.num_parameters, fastrnn.get_num_threads()
     print(f"Model: GRU with {hidden} hidden units, {count:,} parameters, on {threads} threads")
 
-    start = time.perf_counter()
-    output, _, tape = model.forward(windows(corpus.training)[0][0])
-    model.backward(tape, output)
-    print(f"Compiled, or loaded from the cache, in {time.perf_counter() - start:.1f} s", flush=True)
-
-    reached = train(model, corpus, epochs, seconds, Progress(sys.stdout))
+    wait_for_kernels(model, windows(corpus.training)[0])
+    fitting = epochs_in_time(corpus, hidden, epochs, seconds)
+    if fitting < epochs:
+        print(f"About {fitting} of {epochs} epochs fit into {seconds:g} s here")
+    reached = train(model, corpus, fitting, seconds, Progress(sys.stdout))
     print(
         f"Trained on {reached.characters:,} characters in {reached.seconds:.1f} s: "
         f"{reached.characters / max(reached.seconds, 1e-9):,.0f} characters/s"
@@ -315,9 +378,12 @@ def run(epochs: int = 8, hidden: int = 256, seconds: float = 60.0, text: Path | 
     written, speed = write_and_time(model, corpus)
     print(f"It writes, at {speed:,.0f} characters/s:\n")
     print(textwrap.indent(written.expandtabs(4), "    ") + "\n")
-    fast, slow = compare_with_reference(corpus, hidden)
+    found = compare_with_reference(corpus, hidden)
+    if is_busy():
+        print("Other programs keep this machine busy: times, and how they compare, swing.")
     print(
-        f"One training step of {BATCH * WINDOW:,} characters: {1e3 * fast:.1f} ms. "
-        f"With NumPy alone: {1e3 * slow:.1f} ms, {slow / fast:.1f} times as long."
+        f"One training step of {BATCH * WINDOW:,} characters: {1e3 * found.fast:.1f} ms. "
+        f"With NumPy alone, just after it: {1e3 * found.slow:.1f} ms, {found.slow / found.fast:.1f} times as long "
+        f"(the middle one of {found.pairs} pairs)."
     )
     return 0

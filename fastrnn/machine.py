@@ -12,14 +12,14 @@ FEATURES = ("avx512f", "avx2", "fma", "avx", "sse4.2", "sse2", "sve", "neon")
 
 
 def describe() -> dict[str, str]:
-    """Versions, processor, threads, cache and GPU, each as a line of text.
+    """Versions, processor, kernels, threads, cache and GPU, each as a line of text.
 
     Examples
     --------
     >>> "numba" in describe()
     True
     """
-    return {**versions(), **processor(), "threads": threads(), "cache": cache(), "GPU": gpu()}
+    return {**versions(), **processor(), "kernels": kernels(), "threads": threads(), "cache": cache(), "GPU": gpu()}
 
 
 def versions() -> dict[str, str]:
@@ -32,7 +32,7 @@ def versions() -> dict[str, str]:
 
 
 def processor() -> dict[str, str]:
-    """The processor, those of its features that matter, and the vectors that kernels are compiled with."""
+    """The processor, those of its features that matter, and the vectors that kernels work with."""
     from llvmlite import binding
 
     from fastrnn.kernels import cpu
@@ -43,9 +43,16 @@ def processor() -> dict[str, str]:
     return {
         "processor": f"{_processor_name()} ({binding.get_host_cpu_name()})",
         "features": " ".join(name for name in FEATURES if offered.get(name)),
-        "vectors": f"{here['vector_bits']} bits, {here['registers']} registers, {fused} fused multiply-add, "
-        f"{here['machine_code']}",
+        "vectors": f"{here['vector_bits']} bits, {here['registers']} registers, {fused} fused multiply-add",
     }
+
+
+def kernels() -> str:
+    """Whether kernels are machine code of this package or compiled here, and why."""
+    from fastrnn.kernels import shipped
+
+    said = shipped.describe()
+    return said if shipped.load() is None else f"machine code of this package, {said}: nothing is compiled"
 
 
 def _processor_name() -> str:
@@ -78,14 +85,14 @@ def cache_folder() -> Path | None:
 
 def cache_files() -> list[Path]:
     """The files of compiled kernels, and nothing else that Numba may have put beside them."""
-    from fastrnn import kernels
+    from fastrnn import kernels as package
 
     folder = cache_folder()
     if folder is None:
         return []
-    modules = [path.stem for place in kernels.__path__ for path in Path(place).glob("*.py")]
-    # Compiled code, what Numba itself kept before, and what a process was writing when it was killed.
-    found = (folder.glob(f"{module}.*.nb[ic]{end}") for module in modules for end in ("", ".tmp.*"))
+    modules = [path.stem for place in package.__path__ for path in Path(place).glob("*.py")]
+    # Compiled code, what Numba itself kept before, and what a process was writing, or held locked, when it was killed.
+    found = (folder.glob(f"{module}.*.nb[ic]{end}") for module in modules for end in ("", ".tmp.*", ".lock"))
     return sorted(path for files in found for path in files)
 
 

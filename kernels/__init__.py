@@ -23,7 +23,8 @@ what training needs besides: CTC, sums        :mod:`fastrnn.kernels.train`
 a function for XLA to call                    :mod:`fastrnn.kernels.xla`
 everything on an NVIDIA GPU                   :mod:`fastrnn.kernels.cuda`, which has such a table of its own
 the few instructions that only a GPU has      :mod:`fastrnn.kernels.ptx`
-compiled kernels on disk                      :mod:`fastrnn.kernels.cached`
+compiled kernels on disk                      :mod:`fastrnn.kernels.cached`; who compiles: :mod:`~fastrnn.kernels.turns`
+a line for who waits for a compilation        :mod:`fastrnn.kernels.notice`
 importing all of this in the middle of a call :mod:`fastrnn.kernels.loading`
 ============================================  =================================================
 

@@ -6,6 +6,9 @@ folder that cannot be written to. Here each compiled kernel is a file of its own
 everything that it stands for: the kernel, the types of its arguments, its source, Numba's version, the processor, and
 the machine code. Whatever does not fit is compiled anew and written over. What cannot be written is not kept, and a
 warning says so once. The checksum is against accidents: whoever can write into the folder can run what he wants.
+
+Of processes that want the same kernel at once, one compiles it (:mod:`fastrnn.kernels.turns`). Who waits at a terminal
+is told so (:mod:`fastrnn.kernels.notice`).
 """
 
 from __future__ import annotations
@@ -25,8 +28,10 @@ import numba
 from numba import njit
 from numba.core import caching, compiler, config, sigutils
 from numba.core.ccallback import CFunc
+from numba.core.compiler_lock import global_compiler_lock
 from numba.core.serialize import dumps
 
+from fastrnn.kernels import notice, turns
 from fastrnn.kernels.loading import uninterrupted
 
 SUFFIX = ".nbc"
@@ -42,7 +47,7 @@ def kernel(function, **options):
     # Never fastmath: NaN and infinity are what they are. Python's own division looks for zeros, at ten times the cost.
     dispatcher = njit(nogil=True, error_model="numpy", **options)(function)
     dispatcher._cache = KernelCache(function)
-    dispatcher.compile = uninterrupted()(dispatcher.compile)
+    dispatcher.compile = dispatcher._cache.around(dispatcher.compile)
     return dispatcher
 
 
@@ -52,8 +57,7 @@ def callback(signature):
     def compiled(function):
         made = CFunc(function, sigutils.normalize_signature(signature), locals={}, options={})
         made._cache = KernelCache(function)
-        with uninterrupted():
-            made.compile()
+        made._cache.around(made.compile)()
         return made
 
     return compiled
@@ -80,6 +84,11 @@ class Place:
         data = dumps(payload)
         write_whole(self._file(key), self._seal(key, data) + data)
 
+    def lock(self, key):
+        """The file that who makes this one holds locked."""
+        file = self._file(key)
+        return file.with_name(f"{file.name}.lock")
+
     def files(self):
         return list(self.folder.glob(f"{self.base}.*{SUFFIX}"))
 
@@ -96,6 +105,8 @@ class KernelCache(caching._Cache):
     """What Numba asks before it compiles a function, and tells what it has compiled."""
 
     def __init__(self, function):
+        self.name = function.__qualname__
+        self.compiling = contextlib.ExitStack()  # what ends with a compilation
         self.own: Place | None = None  # where there is none, what was found in looking for one
         self.reason: Exception | None = None
         try:
@@ -122,10 +133,32 @@ class KernelCache(caching._Cache):
         for file in self.own.files() if self.own else ():
             file.unlink(missing_ok=True)
 
+    def around(self, compile):
+        """`compile`, which no signal breaks, and what is to be ended after it."""
+
+        @functools.wraps(compile)
+        def compiled(*arguments):
+            # Numba's own lock, which it takes again: another thread would find this one's stack.
+            with uninterrupted(), global_compiler_lock, self.compiling:
+                return compile(*arguments)
+
+        return compiled
+
     def load_overload(self, sig, target_context):
+        if not self.enabled:
+            return None
         target_context.refresh()
         key = self._key(sig, target_context.codegen())
-        for place in self.places if self.enabled else ():
+        look = functools.partial(self._look, key, target_context)
+        found = look()
+        if found is None:
+            self.compiling.enter_context(notice.while_compiling(self._described(sig)))
+            if self.own is not None:
+                found = turns.await_or_lock(look, self.own.lock(key), self.compiling)
+        return found
+
+    def _look(self, key, target_context):
+        for place in self.places:
             # Whatever goes wrong with a file, from one that is not there to Numba's own check of what is in it: it is
             # compiled.
             with contextlib.suppress(Exception):
@@ -133,6 +166,11 @@ class KernelCache(caching._Cache):
                 if payload is not None:
                     return compiler.CompileResult._rebuild(target_context, *payload)
         return None
+
+    def _described(self, sig):
+        """A kernel in a reader's words: types may say what it is for."""
+        described = [argument.described for argument in getattr(sig, "args", sig) if hasattr(argument, "described")]
+        return " of ".join([self.name, *described[:1]])
 
     def save_overload(self, sig, data):
         if not self.enabled or data.library.has_dynamic_globals:  # addresses of this process

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy import empty, ndarray
 
-from fastrnn.kernels import barrier, native, records, shipped, threads
+from fastrnn.kernels import barrier, native, notice, records, shipped, threads
 from fastrnn.kernels.cells import CELLS, LSTM_PROJECTED
 from fastrnn.kernels.records import DONE, RUN, Back, Crew, Scratch, Sequences, Sizes, Weights, address
 from fastrnn.kernels.tiles import (
@@ -846,7 +846,8 @@ def warmup(cells=None, dtypes=("float32",), training=True, begin=lambda name: No
         for dtype in dtypes:
             begin(f"{name} {np.dtype(dtype).name}")
             start = time.perf_counter()
-            _call_once(CELLS[name], np.dtype(dtype), training)
+            with notice.silence():  # `begin` says it
+                _call_once(CELLS[name], np.dtype(dtype), training)
             seconds[f"{name} {np.dtype(dtype).name}"] = time.perf_counter() - start
     return seconds
 

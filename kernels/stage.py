@@ -34,6 +34,7 @@ class StageType(types.Type):
 
     def __init__(self, stage_name, dtype, masked=False, each=False):
         self.stage_name, self.dtype, self.masked, self.each = stage_name, dtype, masked, each
+        self.described = f"{stage_name} in {dtype}"
         masks = " with masks" if each else " with a mask" if masked else ""
         super().__init__(name=f"Stage({stage_name}{masks}, {dtype}, {CHECKSUM})")
 
@@ -43,6 +44,7 @@ class NumbersType(types.Type):
 
     def __init__(self, dtype):
         self.dtype = dtype
+        self.described = f"arrays in {dtype}"
         super().__init__(name=f"Numbers({dtype}, {CHECKSUM})")
 
 

@@ -107,7 +107,9 @@ def test_every_source_of_the_kernels_is_watched():
     """The checksum covers each module that walk.py, where the kernels stand, takes code from."""
     folder = shipped.FOLDER.parent
     # walk.py takes nothing from these
-    others = "__init__ cached compiled cpu general guard loading native ptx reference threads train xla".split()
+    others = (
+        "__init__ cached compiled cpu general guard loading native notice ptx reference threads train turns xla".split()
+    )
     assert {path.stem for path in folder.glob("*.py")} - set(others) == set(shipped.SOURCES)
 
 

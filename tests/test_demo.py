@@ -90,6 +90,13 @@ def test_training_stops_when_its_time_is_over(corpus):
     assert "1e-09 s are over in epoch 1" in printed
 
 
+@pytest.mark.parametrize(("seconds", "epochs"), [(1e-3, 1), (29.0, 1), (56.0, 2), (1e6, 6)])
+def test_as_many_epochs_as_fit(corpus, seconds, epochs, monkeypatch):
+    share = 25.0 / len(demo.windows(corpus.training))
+    monkeypatch.setattr(demo.Learner, "step", lambda learner, pair: (share, 1.0))
+    assert demo.epochs_in_time(corpus, 8, 6, seconds) == epochs
+
+
 def test_interrupted_training_tells_what_it_reached(corpus, monkeypatch):
     steps = []
 
@@ -118,6 +125,41 @@ def test_progress_on_a_terminal():
     bar, line = out.getvalue().split("\r\x1b[K")[1:]
     assert bar == "  [############............] loss 1.0"
     assert line == "done\n"
+
+
+def test_progress_elsewhere(monkeypatch):
+    """A line after a second, and then seldom: every epoch has one of its own."""
+    clock = iter([0.0, 0.5, 1.1, 1.1, 5.0, 11.2, 11.2, 11.3, 12.0, 21.0, 21.9, 22.1, 22.1])
+    monkeypatch.setattr(demo.time, "perf_counter", lambda: next(clock))
+    out = io.StringIO()
+    progress = demo.Progress(out)
+    for step in range(5):
+        progress.show(0.5, f"step {step}")
+    progress.line("epoch")
+    for step in range(5, 8):
+        progress.show(0.5, f"step {step}")
+    assert out.getvalue().split("\n") == ["  step 1", "  step 3", "epoch", "  step 7", ""]
+
+
+def test_comparison_takes_the_pair_in_the_middle(corpus, monkeypatch):
+    seconds = {None: iter([9.0, 9.0, *[1.0] * 5]), "reference": iter([1.0, 1.0, 100.0, 2.0, 4.0, 3.0, 5.0])}
+
+    class Learner:
+        def __init__(self, characters, hidden, backend):
+            self.seconds = seconds[backend]
+
+        def step(self, pair):
+            return next(self.seconds), 1.5
+
+    monkeypatch.setattr(demo, "Learner", Learner)
+    assert demo.compare_with_reference(corpus, 8, seconds=0.0) == demo.Comparison(1.0, 4.0, 5)
+
+
+def test_comparison_looks_at_the_losses(corpus, monkeypatch):
+    losses = itertools.count(1.0)
+    monkeypatch.setattr(demo.Learner, "step", lambda learner, pair: (1.0, next(losses)))
+    with pytest.raises(RuntimeError, match="with the NumPy reference"):
+        demo.compare_with_reference(corpus, 8)
 
 
 def test_whole_demonstration(tmp_path, capsys):

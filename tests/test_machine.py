@@ -5,6 +5,7 @@ import types
 import fastrnn
 from fastrnn import machine
 from fastrnn.__main__ import main
+from fastrnn.kernels import shipped
 from fastrnn.kernels.cuda import compiled, device
 from fastrnn.weights import CELLS
 
@@ -13,10 +14,24 @@ def test_info(capsys):
     assert main(["info"]) == 0
     lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert lines["fastrnn"] == fastrnn.__version__
-    for name in ("python", "numpy", "numba", "llvmlite", "processor", "features", "vectors", "threads", "cache", "GPU"):
+    of_packages, of_this = (
+        ("python", "numpy", "numba", "llvmlite"),
+        ("processor", "features", "vectors", "threads", "cache"),
+    )
+    for name in (*of_packages, *of_this, "kernels", "GPU"):
         assert lines[name].strip()
     assert "bits" in lines["vectors"]
     assert lines["threads"].startswith(f"{fastrnn.get_num_threads()} of ")
+
+
+def test_kernels_are_shipped_or_compiled_and_why(monkeypatch):
+    monkeypatch.setattr(shipped, "load", lambda: None)
+    monkeypatch.setattr(shipped, "find", lambda: (None, "FASTRNN_SHIPPED is 0"))
+    assert machine.kernels() == "compiled when needed: FASTRNN_SHIPPED is 0"
+    library = types.SimpleNamespace(name="linux-x86-64-v3")
+    monkeypatch.setattr(shipped, "load", lambda: library)
+    monkeypatch.setattr(shipped, "find", lambda: (library, ""))
+    assert machine.kernels() == "machine code of this package, linux-x86-64-v3: nothing is compiled"
 
 
 def test_gpu_says_why_there_is_none(monkeypatch):
@@ -61,15 +76,15 @@ def test_cache_files_are_those_that_a_warmup_leaves():
 
 def test_clear_cache_removes_compiled_kernels_and_nothing_else(monkeypatch, tmp_path, capsys):
     ours = ["cpu._forward_rows-115.py311.nbi", "cpu._forward_rows-115.py311.1.nbc"]  # Numba's own
-    ours += ["walk.forward_rows.py311.ab.nbc", "walk.forward_rows.py311.ab.nbc.tmp.12"]
+    ours += [f"walk.forward_rows.py311.ab.nbc{end}" for end in ("", ".tmp.12", ".lock")]
     others = ["cpu.cpython-311.pyc", "somebody.f-3.py311.nbi", "cpu.py", "notes.nbi"]
     for name in ours + others:
         (tmp_path / name).write_bytes(b"x")
     monkeypatch.setattr(machine, "cache_folder", lambda: tmp_path)
     monkeypatch.setattr(compiled, "folders", lambda: [tmp_path / "cuda"])
-    assert machine.cache() == f"{tmp_path}, 4 files, 0.0 MB"
+    assert machine.cache() == f"{tmp_path}, 5 files, 0.0 MB"
     assert main(["clear-cache"]) == 0
-    assert capsys.readouterr().out == f"Removed 4 files of compiled kernels from {tmp_path}\n"
+    assert capsys.readouterr().out == f"Removed 5 files of compiled kernels from {tmp_path}\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(others)
     assert main(["clear-cache"]) == 0
     assert "Removed 0 files" in capsys.readouterr().out
