@@ -16,6 +16,7 @@ import fastrnn
 from fastrnn import functional, testing
 from fastrnn.kernels import cached, loading, threads
 
+pytestmark = pytest.mark.serial
 ANSWER = 0.2  # seconds
 
 

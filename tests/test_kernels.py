@@ -77,6 +77,7 @@ def test_sizes_meet_every_number():
         assert sorted(set(values)) == meant
 
 
+@pytest.mark.sampled(84)
 @each_backend
 @each_cell
 @each_dtype
@@ -148,6 +149,7 @@ def test_large(backend, cell, dtype, size):
     check(backend, task(cell, *size, dtype=dtype, lengths=True, reverse=size[1] % 2 == 0))
 
 
+@pytest.mark.sampled(50)
 @each_backend
 @pytest.mark.parametrize("seed", range(150))
 def test_anything(backend, seed):
