@@ -63,9 +63,12 @@ def sample(name, cases):
 
 
 def met_by(case, strength):
-    """The values of its parameters, each by its number, or the pairs of them."""
-    values = sorted(case.callspec.indices.items())
-    return set(itertools.combinations(values, min(strength, len(values))))
+    """Its parameters' values, or the pairs of them; those that one mark gives together are one."""
+    names = [mark.args[0] for mark in case.iter_markers("parametrize")]
+    names = [name.replace(",", " ").split() if isinstance(name, str) else name for name in names]
+    names += [[name] for name in case.callspec.params.keys() - {*itertools.chain(*names)}]
+    values = {(*group, *(id(case.callspec.params[name]) for name in group)) for group in map(sorted, names)}
+    return {frozenset(some) for some in itertools.combinations(values, min(strength, len(values)))}
 
 
 def pytest_sessionstart(session):
