@@ -16,7 +16,7 @@ ALL_MASKED = frozenset(itertools.product(CELLS, DTYPES, [False, True]))
 
 @functools.cache
 def chosen(seed):
-    """Of these, every cell by one kind at least, each kind by some cells, one cell by all; and what layers call most."""
+    """Of these, every cell by some kind, every kind by some cells, one cell by all; and what layers call most."""
     chance, kinds = random.Random(seed), list(itertools.product(DTYPES, [False, True]))
     cells = chance.sample(CELLS, len(CELLS))
     found = {(cell, *kinds[i % 4]) for i, cell in enumerate(cells)} | {(cells[0], *kind) for kind in kinds}
