@@ -141,6 +141,7 @@ def test_projection_of_any_width(backend, dtype, P):
 LARGE = [(3, 49, 5, 20), (2, 130, 33, 34), (300, 1, 17, 48), (150, 2, 3, 96), (200, 33, 100, 100)]
 
 
+@pytest.mark.sampled(14)
 @each_backend
 @each_cell
 @each_dtype

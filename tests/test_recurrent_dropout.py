@@ -148,6 +148,7 @@ def test_options(cell, dtype, each, reverse, lengths, reset):
     check(one, draw(one, each))
 
 
+@pytest.mark.sampled(4)
 @each_cell
 @each_count
 def test_large(cell, each):
