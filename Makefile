@@ -18,6 +18,10 @@ LINKERS = 'ziglang>=0.13'
 SUITE = compare limits growth memory start disturbed training
 
 BIN = $(VENV)/bin
+TESTS = $(BIN)/python -m pytest tests benchmarks --benchmark-disable
+# On every core, and then alone what measures time or wants every core; 5 says that ARGS has left nothing to run.
+RUN_TESTS = { $(TESTS) -n auto --maxprocesses 8 --dist worksteal $(SHOW) $(ARGS) || [ $$? = 5 ]; } && \
+            { $(TESTS) -m serial $(SHOW) $(ARGS) || [ $$? = 5 ]; }
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input
 
 .PHONY: help demo examples test test-all test-gpu test-arm bench bench-gpu bench-layers bench-report check wheel clean
@@ -32,11 +36,12 @@ demo: $(VENV)/.installed ## train a character-level language model on Python's o
 examples: $(VENV)/.test-all ## run every example and write the table in examples/README.md (ARGS=--quick: small runs, nothing written)
 	@$(BIN)/python examples/run.py $(ARGS)
 
-test: $(VENV)/.test ## run the tests
-	@$(BIN)/python -m pytest tests benchmarks --benchmark-disable $(ARGS)
+test: $(VENV)/.test ## run the tests, those with many cases by a sample of them (FASTRNN_TEST_SEED chooses it)
+	@$(RUN_TESTS)
 
-test-all: $(VENV)/.test-all ## run the tests with every optional package: PyTorch, ONNX Runtime, JAX, numba-cuda, matplotlib, safetensors
-	@FASTRNN_FUZZ_SECONDS=30 $(BIN)/python -m pytest tests benchmarks --benchmark-disable -rs $(ARGS)
+test-all: SHOW = -rs
+test-all: $(VENV)/.test-all ## run all cases of the tests, with every optional package: PyTorch, ONNX Runtime, JAX, numba-cuda, matplotlib, safetensors
+	@export FASTRNN_TEST_ALL=1 FASTRNN_FUZZ_SECONDS=30; $(RUN_TESTS)
 
 test-gpu: $(VENV)/.test-all ## run the tests that need an NVIDIA GPU
 	@$(BIN)/python -m pytest tests -m gpu -rs $(ARGS)

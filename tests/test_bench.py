@@ -149,6 +149,7 @@ def worker():
     made.close()
 
 
+@pytest.mark.serial
 def test_worker_times_calls(worker):
     times = worker.times(TINY, 0.01, check=True)
     assert len(times) > 1
@@ -189,12 +190,14 @@ def test_threads_reach_the_worker(worker, monkeypatch):
 # ---- the clock and the check
 
 
+@pytest.mark.serial
 def test_the_first_call_counts_only_if_it_is_the_only_one():
     durations = iter([0.05, *[0.001] * 1000])
     assert max(bench.call_times(lambda: time.sleep(next(durations)), 0.1)) < 0.05
     assert len(bench.call_times(lambda: time.sleep(0.02), 0.01)) == 1
 
 
+@pytest.mark.serial
 def test_what_is_called_before_is_not_counted():
     called = []
     times = bench.call_times(lambda: None, 0.05, lambda: called.append(time.sleep(0.01)))
@@ -202,6 +205,7 @@ def test_what_is_called_before_is_not_counted():
     assert max(times) < 0.01
 
 
+@pytest.mark.serial
 def test_rounds_end_at_the_limit(monkeypatch):
     class Slow(FakeWorker):
         def times(self, *arguments, **options):

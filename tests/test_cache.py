@@ -86,8 +86,9 @@ print(sum(sum(kernel.stats.cache_misses.values()) for kernel in kernels), len(ke
 @pytest.mark.parametrize(
     ("cell", "made", "dtypes"),
     [
-        ("rnn_relu", '[(fastrnn.RNN, {"nonlinearity": "relu"})]', ["float32", "float64"]),
-        ("lstm_projected", '[(fastrnn.LSTM, {"proj_size": 4})]', ["float32"]),
+        ("rnn_relu", '[(fastrnn.RNN, {"nonlinearity": "relu"})]', ["float32"]),
+        pytest.param("rnn_tanh", "[(fastrnn.RNN, {})]", ["float32", "float64"], marks=pytest.mark.slow),
+        pytest.param("lstm_projected", '[(fastrnn.LSTM, {"proj_size": 4})]', ["float32"], marks=pytest.mark.slow),
     ],
 )
 def test_warmup_leaves_nothing_to_compile(cell, made, dtypes, tmp_path):

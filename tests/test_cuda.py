@@ -52,7 +52,8 @@ def pairs():
             yield pytest.param(name, cell, id=f"{name}-{cell}")
 
 
-each_way = pytest.mark.parametrize(("name", "cell"), list(pairs()))
+WAYS = list(pairs())
+each_way = pytest.mark.parametrize(("name", "cell"), WAYS)
 
 
 @each_way
@@ -69,6 +70,7 @@ def test_options(name, cell, lengths, reset, reverse):
     check(name, task(cell, 4, 5, 3, 6, lengths=lengths, reset=reset, reverse=reverse))
 
 
+@pytest.mark.sampled(len(WAYS))
 @each_way
 @pytest.mark.parametrize("number", range(4))
 def test_anything(name, cell, number):
@@ -158,6 +160,7 @@ def flat(*values):
             yield value
 
 
+@pytest.mark.sampled(len(LAYERS))
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("batched", [True, False], ids=["", "unbatched"])
 def test_layers(name, batched):
@@ -235,6 +238,7 @@ def test_modes(mode, cell, reverse):
         assert error < 4 * EPSILON[mode], (name, error)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", ["cuda-persistent", "cuda-bfloat16-persistent"])
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
 def test_any_order_of_threads_gives_the_same_bits(cell, name):
@@ -378,6 +382,7 @@ def test_arrays_in_different_places(up):
     fails(TypeError, "params['weight_hh'] has dtype float32, expected float64", up(one.x.astype(np.float64)), params)
 
 
+@pytest.mark.sampled(len(LAYERS))
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("batched", [True, False], ids=["", "unbatched"])
 def test_layers_with_arrays_on_a_gpu(up, simulated, name, batched):

@@ -230,6 +230,7 @@ def test_options(cell, dtype, lengths, reset, directions):
     check(tasks)
 
 
+@pytest.mark.sampled(14)
 @each_cell
 @each_dtype
 @pytest.mark.parametrize("size", [(1, 1, 1, 1), (2, 1, 2, 9), (5, 2, 17, 3), (3, 5, 1, 16)], ids=str)
@@ -237,6 +238,7 @@ def test_sizes(cell, dtype, size):
     check(task(cell, *size, directions=(True, False), dtype=dtype, lengths=True, reset=True), threads=5)
 
 
+@pytest.mark.sampled(3)
 @each_cell
 def test_with_the_products_here(cell):
     check(task(cell, 3, 2, 3, 5, directions=(False, True), lengths=[3, 2], reset=True), library=None)
@@ -283,6 +285,7 @@ def test_inference_gives_the_same_bits_and_leaves_other_columns_alone(cell):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.sampled(7)
 @each_cell
 @each_dtype
 def test_order_of_threads_and_size_of_blocks_do_not_matter(cell, dtype):

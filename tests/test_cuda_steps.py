@@ -235,6 +235,7 @@ def test_launches_of_a_step(cell):
     assert grown == [4 * stages_of_cell, 8 * stages_of_cell]
 
 
+@pytest.mark.sampled(3)
 @each_cell
 def test_without_a_library(cell):
     tasks = plain.task(cell, 2, 2, 2, 3, directions=(False, True), lengths=[2, 1], reset=True)

@@ -28,6 +28,7 @@ MODULES = [
 NEEDS = {
     "fastrnn.kernels.ptx": ("numba_cuda", "numba-cuda"),
     "fastrnn.onnx": ("onnx", "onnx"),
+    "fastrnn.onnx_folding": ("onnx", "onnx"),
     "fastrnn.torch": ("torch", "PyTorch"),
     "fastrnn.torch_func": ("torch", "PyTorch"),
 }

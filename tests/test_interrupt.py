@@ -16,6 +16,7 @@ import fastrnn
 from fastrnn import functional, testing
 from fastrnn.kernels import cached, loading, threads
 
+pytestmark = pytest.mark.serial
 ANSWER = 0.2  # seconds
 
 
@@ -99,7 +100,7 @@ def watch(event, arguments):
 sys.addaudithook(watch)
 try:
     layer(x)
-    print("not interrupted")
+    print("not interrupted" if imports >= moment else "imported less")
 except KeyboardInterrupt:
     print("interrupted")
 moment = -1
@@ -111,6 +112,8 @@ np.testing.assert_allclose(layer(x)[0], expected, rtol=1e-5)
 def test_ctrl_c_in_the_imports_of_the_first_call(moment):
     """It is answered, and the next call is right."""
     done = subprocess.run([sys.executable, "-c", FIRST_CALL, str(moment)], capture_output=True, text=True, timeout=300)
+    if (done.returncode, done.stdout, moment > 320) == (0, "imported less\n", True):
+        pytest.skip("Numba imports less where other packages are not installed")
     assert (done.returncode, done.stdout) == (0, "interrupted\n"), done.stderr
 
 

@@ -77,6 +77,7 @@ def test_sizes_meet_every_number():
         assert sorted(set(values)) == meant
 
 
+@pytest.mark.sampled(84)
 @each_backend
 @each_cell
 @each_dtype
@@ -140,6 +141,7 @@ def test_projection_of_any_width(backend, dtype, P):
 LARGE = [(3, 49, 5, 20), (2, 130, 33, 34), (300, 1, 17, 48), (150, 2, 3, 96), (200, 33, 100, 100)]
 
 
+@pytest.mark.sampled(14)
 @each_backend
 @each_cell
 @each_dtype
@@ -148,6 +150,7 @@ def test_large(backend, cell, dtype, size):
     check(backend, task(cell, *size, dtype=dtype, lengths=True, reverse=size[1] % 2 == 0))
 
 
+@pytest.mark.sampled(50)
 @each_backend
 @pytest.mark.parametrize("seed", range(150))
 def test_anything(backend, seed):

@@ -19,7 +19,10 @@ ATTEMPTS = 15
 SHAPES = [(100, 1, 256), (50, 32, 128)]
 each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 
-pytestmark = pytest.mark.skipif(threads.cores() < 2, reason="there is one core: nothing runs on a second thread")
+pytestmark = [
+    pytest.mark.serial,
+    pytest.mark.skipif(threads.cores() < 2, reason="there is one core: nothing runs on a second thread"),
+]
 
 
 @pytest.fixture(autouse=True)

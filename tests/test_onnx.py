@@ -218,6 +218,7 @@ def general(operator):
     return other
 
 
+@pytest.mark.sampled(10)
 @pytest.mark.parametrize("seed", range(40))
 def test_both_paths_are_one_function(seed):
     op_type, attributes, arrays = problem(1000 + seed)
@@ -233,6 +234,7 @@ def test_both_paths_are_one_function(seed):
     assert_alike(operator(**calls(arrays)), general(operator)(**calls(arrays)), 1e-13)
 
 
+@pytest.mark.sampled(10)
 @pytest.mark.parametrize("seed", range(30))
 def test_layout_1_is_the_same_transposed(seed):
     op_type, attributes, arrays = problem(2000 + seed)

@@ -31,6 +31,8 @@ def train_after(layer, results):
     results.put(train(layer))
 
 
+# The fewest kernels among which some threads want the same ones, and others want others.
+COLD_LAYERS = [RNN(I, H, 2, bidirectional=True, seed=0), RNN(I, H, nonlinearity="relu", seed=0)]
 LAYERS = [RNN(I, H, seed=0), LSTM(I, H, 2, bidirectional=True, seed=0), GRU(I, H, 2, seed=0)]
 
 
@@ -47,14 +49,14 @@ sys.path.insert(0, {folder!r})
 warnings.simplefilter("error")
 import test_processes as here
 
-layers, results, errors = here.LAYERS, [], []
+layers, results, errors = here.COLD_LAYERS, [], []
 barrier = threading.Barrier(16)
 
 
 def call(i):
     try:
         barrier.wait()
-        results.append((i % 3, here.train(layers[i % 3])))
+        results.append((i % 2, here.train(layers[i % 2])))
     except BaseException as error:
         errors.append(error)
 
@@ -63,7 +65,7 @@ threads = [threading.Thread(target=call, args=(i,)) for i in range(16)]
 [thread.start() for thread in threads]
 [thread.join() for thread in threads]
 assert errors == [], errors
-assert len(set(results)) == 3, "not the same bits"
+assert len(set(results)) == 2, "not the same bits"
 for index, bits in set(results):
     assert here.train(layers[index]) == bits
 print("done")

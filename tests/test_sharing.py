@@ -15,6 +15,8 @@ from fastrnn.kernels.records import address
 from fastrnn.kernels.simd import integers_at
 from fastrnn.testing import problem
 
+pytestmark = pytest.mark.serial
+
 
 @pytest.fixture(autouse=True)
 def own_threads(monkeypatch):

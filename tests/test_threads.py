@@ -15,6 +15,8 @@ import pytest
 import fastrnn
 from fastrnn.kernels import cpu, threads
 
+pytestmark = pytest.mark.serial
+
 
 @pytest.fixture
 def pool(monkeypatch):

@@ -19,6 +19,8 @@ from fastrnn.kernels import cpu, threads  # noqa: E402
 if threads._borrowed is None:
     pytest.skip("PyTorch's threads cannot be had here: not Linux, or another OpenMP", allow_module_level=True)
 
+pytestmark = pytest.mark.serial
+
 
 class Counted(threads._Borrowed):
     """Counts how often its threads were begun."""
