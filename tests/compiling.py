@@ -5,7 +5,6 @@ import contextlib
 import functools
 import itertools
 import multiprocessing
-import os
 import random
 
 CELLS = ["rnn_tanh", "rnn_relu", "rnn_sigmoid", "lstm", "lstm_projected", "gru", "gru_reset_before"]
@@ -29,14 +28,14 @@ def is_chosen(seed, dtype, cell=None, each=None, backend="cpu", **_):
     return backend != "cpu" or cell is None or called <= chosen(seed)
 
 
-def ahead(masked):
+def ahead(masked, processes):
     """Compile every kernel without masks, and the `masked` ones; what cannot be compiled is left for a test to tell."""
     kernels = ["weight_gradient", "bias_gradient", "pack_stage", "pack_columns", "checksum"]
     jobs = [(name, dtype, cell, 0) for dtype in DTYPES for cell in CELLS for name in ("forward", "backward")]
     jobs += [(name, dtype, cell, 1 + each) for cell, dtype, each in sorted(masked) for name in ("forward", "backward")]
     jobs += [(name, dtype, None, 0) for dtype in DTYPES for name in kernels]
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(len(os.sched_getaffinity(0)), context) as pool:
+    with concurrent.futures.ProcessPoolExecutor(processes, context) as pool:
         list(pool.map(compile_one, jobs))
 
 

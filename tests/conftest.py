@@ -74,6 +74,8 @@ def met_by(case, strength):
 def pytest_sessionstart(session):
     """Compile, on every core, what would be compiled by each process for itself."""
     config = session.config
-    if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):
+    processes = getattr(config.option, "numprocesses", None)  # with pytest-xdist
+    if processes and not hasattr(config, "workerinput"):
         masked = compiling.ALL_MASKED if ALL else compiling.chosen(SEED)
-        compiling.ahead(masked if any(map(os.path.isdir, config.args)) else ())  # for tests/test_recurrent_dropout.py
+        whole = any(map(os.path.isdir, config.args))  # and with it tests/test_recurrent_dropout.py
+        compiling.ahead(masked if whole else (), processes)
